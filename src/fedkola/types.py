@@ -1,0 +1,289 @@
+"""The nouns of fedkola: what travels, what is summed, and the seams between the parts.
+
+Everything the server learns from sites is a sum of fixed-point integers over a cohort. The types
+here name that path once: a :class:`Broadcast` goes down, each site answers with an
+:class:`Update` that becomes the integers of a :class:`Reply`, and the server sees an
+:class:`Aggregate`. This module imports nothing from fedkola.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+Cohort = tuple[str, ...]
+Scalar = str | int | float | bool | None
+Spec = Mapping[str, Scalar]
+
+
+class Visibility(Enum):
+    """What an algorithm reads: sums over cohorts, or single updates."""
+
+    SUM = "sum"
+    EACH = "each"
+
+
+# --- what is known: labels and records -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Label:
+    """One leaf of a code system, with its place in the tree and its time of validity.
+
+    ``path`` runs from the label itself to the root, one name per level of the catalogue.
+    ``scope`` is the piece of knowledge (the module) that the label belongs to.
+    """
+
+    code: str
+    path: tuple[str, ...]
+    scope: str
+    valid_from: float = float("-inf")
+    valid_to: float | None = None
+    replaced_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Catalogue:
+    """The public list of labels of a task. Sites and server index labels by their position."""
+
+    system: str
+    levels: tuple[str, ...]
+    labels: tuple[Label, ...]
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    def codes(self) -> tuple[str, ...]:
+        return tuple(label.code for label in self.labels)
+
+    def scopes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(label.scope for label in self.labels))
+
+    def nodes(self, level: int) -> tuple[str, ...]:
+        """Names at one level (0 is the leaf), in order of first appearance."""
+        return tuple(dict.fromkeys(label.path[level] for label in self.labels))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """Records of one site, column by column; all columns have the same length.
+
+    ``labels`` holds codes of the catalogue ("" for unlabelled text of a generative task),
+    ``patients`` the pseudonym whose withdrawal removes the record, ``windows`` the number of the
+    window in which the record reached the site (1 is the first round).
+    """
+
+    records: tuple[str, ...]
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    patients: tuple[str, ...]
+    windows: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def take(self, rows: Sequence[int]) -> "Dataset":
+        """The rows at these positions, in this order."""
+        return Dataset(
+            records=tuple(self.records[i] for i in rows),
+            texts=tuple(self.texts[i] for i in rows),
+            labels=tuple(self.labels[i] for i in rows),
+            patients=tuple(self.patients[i] for i in rows),
+            windows=tuple(self.windows[i] for i in rows),
+        )
+
+
+# --- what travels ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """How real numbers become integers; fixed by the server before anyone answers.
+
+    Sums live in the ring Z_2^word. ``scale`` gives the fractional bits of every tensor, of the
+    weight (key ``weight``) and of every metric; integer tensors use 0.
+    """
+
+    word: Literal[16, 32, 64]
+    bits: int
+    scale: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broadcast:
+    """One question to a cohort. ``algorithm`` names code and hyper-parameters, it is never code."""
+
+    run: str = ""
+    round: int
+    seed: int = 0
+    step: str
+    cohort: Cohort = ()
+    tensors: Weights
+    grid: Grid
+    algorithm: Spec
+    guards: tuple[Spec, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """One site's addends as real numbers, before the grid. A delta is already weighted."""
+
+    client: str
+    tensors: Weights
+    weight: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What an engine carried: integer words, or the reason why there are none."""
+
+    client: str
+    words: Weights = field(default_factory=dict)
+    refused: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aggregate:
+    """The exact sum over a cohort: what the bank keeps and what removal subtracts from."""
+
+    cohort: Cohort
+    words: Weights
+    grid: Grid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """What an engine carried since it was last asked: bytes both ways, refusals by site."""
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- the seams ------------------------------------------------------------------------------------
+
+
+class Clients(Protocol):
+    """The server half's whole view of the federation. The question asked is the visibility."""
+
+    def roster(self) -> Cohort: ...
+
+    def sum(self, cohort: Cohort, broadcast: Broadcast) -> Aggregate:
+        """The integer sum of the answers of ``cohort``; raises CohortTooSmall if nobody answers."""
+        ...
+
+    def each(self, cohort: Cohort, broadcast: Broadcast) -> Iterator[Update]:
+        """Single answers as real numbers. A plan with secure aggregation refuses this question."""
+        ...
+
+    def tally(self) -> Tally:
+        """Traffic and refusals since the last call."""
+        ...
+
+
+class Engine(Clients, Protocol):
+    """Where sites live. Wrappers read replies; algorithms are typed not to see them."""
+
+    def replies(self, cohort: Cohort, broadcast: Broadcast) -> Iterator[Reply]: ...
+
+
+class Knowledge(Protocol):
+    """A site's own records as they arrive."""
+
+    def at(self, window: int) -> Dataset:
+        """Records that reached the site in this window."""
+        ...
+
+    def until(self, window: int) -> Dataset:
+        """Records that reached the site in this window or before it."""
+        ...
+
+
+class Client(Protocol):
+    """A site, as a client step sees it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def knowledge(self) -> Knowledge: ...
+    @property
+    def catalogue(self) -> Catalogue: ...
+    @property
+    def targets(self) -> Mapping[str, tuple[int, int]]:
+        """Linear layers that may carry an adapter: name -> (d_out, d_in)."""
+        ...
+
+    @property
+    def store(self) -> Path:
+        """The site's private folder; survives restarts (journal, receipts, outbox)."""
+        ...
+
+    def fit(
+        self,
+        weights: Weights,
+        data: Dataset,
+        *,
+        steps: int,
+        batch: int,
+        lr: float,
+        seed: int,
+        pinned: Weights | None = None,
+    ) -> Weights:
+        """Train ``weights`` on ``data`` and return them; ``pinned`` tensors stay as given."""
+        ...
+
+    def grams(self, weights: Weights, data: Dataset, *, pinned: Weights) -> Weights:
+        """Per adapted layer the r x r Gram of z = A x, each record's tokens averaged first."""
+        ...
+
+    def features(self, data: Dataset) -> Tensor:
+        """Integer embeddings round(2^10 e) of the frozen base, int16 of shape (n, d)."""
+        ...
+
+    def evaluate(self, weights: Weights, data: Dataset) -> Mapping[str, float]:
+        """Additive metrics under ``weights``: loss, correct, count."""
+        ...
+
+
+class State(Protocol):
+    """An algorithm's own frozen dataclass; the ledger saves it and resuming loads it."""
+
+    @property
+    def weights(self) -> Weights: ...
+
+
+S = TypeVar("S", bound=State)
+Steps = Mapping[str, Callable[[Client, Broadcast], Update]]
+
+
+class Algorithm(Protocol[S]):
+    """Server half, then client half, of one published method."""
+
+    needs: ClassVar[Visibility]
+
+    def start(self, weights: Weights) -> S: ...
+    def round(self, number: int, state: S, cohort: Cohort, clients: Clients) -> S: ...
+    def steps(self) -> Steps: ...
+
+
+Rule = Callable[[Sequence[Aggregate]], Weights]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One row per round, the same for every engine."""
+
+    round: int
+    cohort: Cohort
+    refused: Mapping[str, str]
+    metrics: Mapping[str, float]
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+
+
+Event = Mapping[str, Any]
+"""A knowledge event: ``{"kind": "SEAL", "subject": cell id, "body": {...}}``, JSON only."""

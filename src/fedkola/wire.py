@@ -1,0 +1,409 @@
+"""Messages to bytes and back; real numbers to integers and back; states to documents and back.
+
+A message is ``FKW1 | header length (u32) | JSON header | safetensors body``. Nothing else is ever
+read from a peer: no pickle, no code, no file names. Lengths are checked before anything is parsed.
+
+Addends become words of the ring Z_2^word by ``round_half_even(v * 2^scale)``; an integer tensor
+passes with scale 0. A value that is not finite, or so large that the sum over the cohort could
+leave its word, is refused where it arises; nothing is clipped silently.
+"""
+
+import dataclasses
+import json
+import math
+import struct
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Any, TypeVar, cast
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedkola.errors import (
+    CohortTooSmall,
+    GridOverflow,
+    LedgerError,
+    NotFinite,
+    StaleUpdate,
+    VersionMismatch,
+    WireError,
+)
+from fedkola.types import Aggregate, Broadcast, Cohort, Grid, Reply, Update, Weights
+
+VERSION = 1
+MAGIC = b"FKW"
+MAX_HEADER_BYTES = 1 << 20
+MAX_BODY_BYTES = 1 << 34
+MAX_TENSORS = 100_000
+MAX_DIMENSIONS = 8
+WEIGHT = "weight"
+METRIC = "metric/"
+_WORDS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
+T = TypeVar("T")
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def pack_broadcast(broadcast: Broadcast) -> bytes:
+    """The bytes of one question; ``unpack_broadcast`` returns an equal value."""
+    header = {
+        "kind": "broadcast",
+        "run": broadcast.run,
+        "round": broadcast.round,
+        "seed": broadcast.seed,
+        "step": broadcast.step,
+        "cohort": list(broadcast.cohort),
+        "grid": _grid_document(broadcast.grid),
+        "algorithm": dict(broadcast.algorithm),
+        "guards": [dict(guard) for guard in broadcast.guards],
+    }
+    return _frame(header, broadcast.tensors)
+
+
+def unpack_broadcast(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Broadcast:
+    """Raises WireError or VersionMismatch for anything that ``pack_broadcast`` did not write."""
+    header, tensors = _unframe(message, "broadcast", max_bytes)
+    try:
+        return Broadcast(
+            run=str(header["run"]),
+            round=int(header["round"]),
+            seed=int(header["seed"]),
+            step=str(header["step"]),
+            cohort=tuple(map(str, header["cohort"])),
+            tensors=tensors,
+            grid=_grid(header["grid"]),
+            algorithm=dict(header["algorithm"]),
+            guards=tuple(dict(guard) for guard in header["guards"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(
+            f"broadcast header is malformed: {error!r}; drop the message"
+        ) from error
+
+
+def pack_reply(reply: Reply) -> bytes:
+    """The bytes of one site's answer: words, or a refusal code."""
+    header = {"kind": "reply", "client": reply.client, "refused": reply.refused}
+    return _frame(header, reply.words)
+
+
+def unpack_reply(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Reply:
+    """Raises WireError or VersionMismatch for anything that ``pack_reply`` did not write."""
+    header, words = _unframe(message, "reply", max_bytes)
+    try:
+        return Reply(
+            client=str(header["client"]), words=words, refused=str(header["refused"])
+        )
+    except KeyError as error:
+        raise WireError(f"reply header lacks {error}; drop the message") from error
+
+
+# --- reals and integers ---------------------------------------------------------------------------
+
+
+def words(update: Update, grid: Grid, cohort: Cohort) -> dict[str, Tensor]:
+    """The integer addend of one site: every tensor, the weight and every metric.
+
+    Raises NotFinite for NaN or infinity, GridOverflow if ``len(cohort)`` such addends could leave
+    the word, WireError for a name that the grid does not list.
+    """
+    reals: dict[str, Tensor] = dict(update.tensors)
+    reals[WEIGHT] = torch.tensor(update.weight, dtype=torch.float64)
+    for name, value in update.metrics.items():
+        reals[METRIC + name] = torch.tensor(value, dtype=torch.float64)
+    return {
+        name: _quantise(name, value, grid, len(cohort)) for name, value in reals.items()
+    }
+
+
+def total(replies: Iterable[Reply], grid: Grid, cohort: Cohort) -> Aggregate:
+    """Add the words of all answering sites; refusals are left out and not in its ``cohort``.
+
+    Replies are consumed one by one, so memory does not grow with the cohort. Raises
+    CohortTooSmall if nobody answered, WireError if two answers differ in names or shapes.
+    """
+    running: dict[str, Tensor] = {}
+    answered: list[str] = []
+    for reply in replies:
+        if reply.refused:
+            continue
+        if not answered:
+            running = {name: value.clone() for name, value in reply.words.items()}
+        else:
+            check_alike(running, reply)
+            for name, value in reply.words.items():
+                running[name] += value
+        answered.append(reply.client)
+    if not answered:
+        raise CohortTooSmall(
+            f"none of the {len(cohort)} sites asked answered; look at the refusals of this round"
+        )
+    order = tuple(name for name in cohort if name in set(answered))
+    return Aggregate(cohort=order, words=running, grid=grid)
+
+
+def check_alike(expected: Weights, reply: Reply) -> None:
+    """Raises WireError unless a reply has exactly the expected names, shapes and dtypes."""
+    if set(reply.words) != set(expected):
+        extra = sorted(set(reply.words) ^ set(expected))[:3]
+        raise WireError(
+            f"{reply.client} answered with other tensor names: {extra}; not summed"
+        )
+    for name, value in reply.words.items():
+        if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
+            raise WireError(
+                f"{reply.client} sent {name} as {value.dtype} {tuple(value.shape)}, expected "
+                f"{expected[name].dtype} {tuple(expected[name].shape)}; not summed"
+            )
+
+
+def add(left: Aggregate, right: Aggregate) -> Aggregate:
+    """The sum of two sums over the same names and grid; removal adds a negative."""
+    if left.grid != right.grid or set(left.words) != set(right.words):
+        raise WireError("two sums of different grids or names cannot be added")
+    summed = {name: value + right.words[name] for name, value in left.words.items()}
+    return dataclasses.replace(left, words=summed)
+
+
+def reals(aggregate: Aggregate) -> dict[str, Tensor]:
+    """Summed tensors as float64, undivided; weight and metrics included."""
+    return {
+        name: value.to(torch.float64) / 2 ** _fraction(aggregate.grid, name)
+        for name, value in aggregate.words.items()
+    }
+
+
+def mean(aggregate: Aggregate) -> dict[str, Tensor]:
+    """Summed tensors over the summed weight, float32; zeros if the weight is zero."""
+    decoded = reals(aggregate)
+    weight = float(decoded[WEIGHT])
+    return {
+        name: (value / weight if weight else torch.zeros_like(value)).to(torch.float32)
+        for name, value in decoded.items()
+        if name != WEIGHT and not name.startswith(METRIC)
+    }
+
+
+def metrics(aggregate: Aggregate) -> dict[str, float]:
+    """Summed metrics by name, undivided."""
+    decoded = reals(aggregate)
+    return {
+        name.removeprefix(METRIC): float(value)
+        for name, value in decoded.items()
+        if name.startswith(METRIC)
+    }
+
+
+def single(reply: Reply, grid: Grid) -> Update:
+    """One site's words as the real numbers they stand for (the question ``each``)."""
+    decoded = reals(Aggregate(cohort=(reply.client,), words=reply.words, grid=grid))
+    return Update(
+        client=reply.client,
+        tensors={
+            name: value
+            for name, value in decoded.items()
+            if name != WEIGHT and not name.startswith(METRIC)
+        },
+        weight=float(decoded[WEIGHT]),
+        metrics={
+            name.removeprefix(METRIC): float(value)
+            for name, value in decoded.items()
+            if name.startswith(METRIC)
+        },
+    )
+
+
+# --- states ---------------------------------------------------------------------------------------
+
+
+def dump(state: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A frozen dataclass tree as a JSON document and its tensors, keyed by their place."""
+    tensors: dict[str, Tensor] = {}
+    return cast(dict[str, Any], _to_document(state, "", tensors)), tensors
+
+
+def load(kind: type[T], document: Mapping[str, Any], tensors: Weights) -> T:
+    """The inverse of ``dump`` for a dataclass type; raises LedgerError if they do not fit."""
+    try:
+        return cast(T, _from_document(kind, document, tensors))
+    except (KeyError, TypeError, ValueError) as error:
+        raise LedgerError(
+            f"the saved state does not fit {kind.__name__} ({error!r}); it was written by another "
+            "version of fedkola or altered; resume with that version"
+        ) from error
+
+
+# --- private --------------------------------------------------------------------------------------
+
+
+def _grid_document(grid: Grid) -> dict[str, Any]:
+    return {"word": grid.word, "bits": grid.bits, "scale": dict(grid.scale)}
+
+
+def _grid(document: Mapping[str, Any]) -> Grid:
+    if document["word"] not in _WORDS:
+        raise ValueError(f"word {document['word']!r} is not one of {sorted(_WORDS)}")
+    scale = {str(name): int(bits) for name, bits in document["scale"].items()}
+    return Grid(word=document["word"], bits=int(document["bits"]), scale=scale)
+
+
+def _frame(header: Mapping[str, Any], tensors: Weights) -> bytes:
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    if len(text) > MAX_HEADER_BYTES:
+        raise WireError(
+            f"header of {len(text)} bytes, at most {MAX_HEADER_BYTES} are allowed"
+        )
+    for name, value in tensors.items():
+        if value.dim() > MAX_DIMENSIONS:
+            raise WireError(
+                f"{name} has {value.dim()} dimensions, at most {MAX_DIMENSIONS}"
+            )
+    body = safetensors.torch.save(
+        {name: value.contiguous() for name, value in tensors.items()}
+    )
+    prefix = MAGIC + str(VERSION).encode() + struct.pack("<I", len(text))
+    return b"".join((prefix, text, body))
+
+
+def _unframe(
+    message: bytes, kind: str, max_bytes: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if len(message) > max_bytes + MAX_HEADER_BYTES + 8:
+        raise WireError(
+            f"message of {len(message)} bytes, at most {max_bytes} are allowed"
+        )
+    if len(message) < 8 or message[:3] != MAGIC:
+        raise WireError("these bytes are not a fedkola message; drop them")
+    if message[3:4] != str(VERSION).encode():
+        raise VersionMismatch(
+            f"wire version {message[3:4]!r}, this side speaks {VERSION}; upgrade the older side"
+        )
+    (length,) = struct.unpack("<I", message[4:8])
+    if length > MAX_HEADER_BYTES or 8 + length > len(message):
+        raise WireError(f"header length {length} does not fit the message; drop it")
+    try:
+        header = json.loads(message[8 : 8 + length])
+        tensors = safetensors.torch.load(message[8 + length :])
+    except (ValueError, RecursionError, SafetensorError, KeyError) as error:
+        raise WireError(
+            f"message cannot be decoded ({type(error).__name__}); drop it"
+        ) from error
+    if not isinstance(header, dict) or header.get("kind") != kind:
+        raise WireError(f"expected a {kind}, got another message; drop it")
+    if len(tensors) > MAX_TENSORS or any(
+        t.dim() > MAX_DIMENSIONS for t in tensors.values()
+    ):
+        raise WireError(
+            f"more than {MAX_TENSORS} tensors or {MAX_DIMENSIONS} dimensions; drop it"
+        )
+    return header, tensors
+
+
+def _fraction(grid: Grid, name: str) -> int:
+    if name not in grid.scale:
+        raise WireError(
+            f"the grid lists no scale for {name!r}; it lists {sorted(grid.scale)[:5]}"
+        )
+    return grid.scale[name]
+
+
+def _quantise(name: str, value: Tensor, grid: Grid, cohort: int) -> Tensor:
+    limit = min(2 ** (grid.bits - 1) - 1, (2 ** (grid.word - 1) - 1) // max(cohort, 1))
+    fraction = _fraction(grid, name)
+    if value.is_floating_point():
+        if not bool(torch.isfinite(value).all()):
+            raise NotFinite(
+                f"{name} holds NaN or infinity; the addend stays at its site"
+            )
+        scaled = torch.round(value.to(torch.float64) * 2.0**fraction)
+        # Compared before the cast: a float beyond the word would wrap without a trace.
+        _check_limit(
+            name, float(scaled.abs().max()) if scaled.numel() else 0.0, limit, cohort
+        )
+        return scaled.to(_WORDS[grid.word])
+    if fraction:
+        raise WireError(
+            f"{name} is an integer tensor, its scale must be 0 and is {fraction}"
+        )
+    low, high = (value.min(), value.max()) if value.numel() else (0, 0)
+    _check_limit(name, max(-int(low), int(high)), limit, cohort)
+    return value.to(_WORDS[grid.word])
+
+
+def _check_limit(name: str, largest: float, limit: int, cohort: int) -> None:
+    if largest > limit:
+        raise GridOverflow(
+            f"{name} reaches {largest:.6g} on the grid, {limit} is the most that {cohort} sites "
+            "can add without overflow; use a larger word or fewer fractional bits"
+        )
+
+
+def _to_document(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[place] = value
+        return {"tensor": place}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: _to_document(
+                getattr(value, f.name), f"{place}.{f.name}".lstrip("."), tensors
+            )
+            for f in dataclasses.fields(value)
+        }
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {k: _to_document(v, f"{place}.{k}", tensors) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_to_document(v, f"{place}.{i}", tensors) for i, v in enumerate(value)]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise LedgerError(f"{place} holds {value!r}, which a state cannot keep")
+
+
+def _from_document(kind: Any, document: Any, tensors: Weights) -> Any:
+    origin = typing.get_origin(kind)
+    if kind is Tensor:
+        return tensors[document["tensor"]]
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        fields = [f.name for f in dataclasses.fields(kind)]
+        values = {
+            name: _from_document(hints[name], document[name], tensors)
+            for name in fields
+        }
+        return cast(Any, kind)(**values)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind(document)
+    if origin in (typing.Union, types.UnionType):
+        if document is None:
+            return None
+        options = [
+            option for option in typing.get_args(kind) if option is not type(None)
+        ]
+        structured = [
+            o for o in options if dataclasses.is_dataclass(o) or typing.get_origin(o)
+        ]
+        if structured and isinstance(document, dict | list):
+            return _from_document(structured[0], document, tensors)
+        return document
+    if origin is tuple:
+        inner = typing.get_args(kind)
+        if len(inner) == 2 and inner[1] is Ellipsis:
+            return tuple(_from_document(inner[0], item, tensors) for item in document)
+        return tuple(
+            _from_document(i, item, tensors)
+            for i, item in zip(inner, document, strict=True)
+        )
+    if origin is not None and issubclass(origin, Mapping):
+        return {
+            k: _from_document(typing.get_args(kind)[1], v, tensors)
+            for k, v in document.items()
+        }
+    return document
