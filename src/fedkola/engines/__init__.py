@@ -1,0 +1,1 @@
+"""Where sites live. Every engine carries the same bytes; algorithms cannot tell them apart."""

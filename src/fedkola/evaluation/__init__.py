@@ -1,0 +1,1 @@
+"""Tasks, baselines, metrics, tables and the report: what a run is judged by."""

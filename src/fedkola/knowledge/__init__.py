@@ -1,0 +1,1 @@
+"""Knowledge that arrives, differs, ages and leaves: streams, cells, views, routing, removal."""

@@ -1,0 +1,1 @@
+"""Imperfect data: which records are usable, and noise for tests."""

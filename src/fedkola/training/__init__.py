@@ -1,0 +1,1 @@
+"""torch, transformers and peft, and nothing of federation: load, adapt, fit, embed, evaluate."""
