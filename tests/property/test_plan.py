@@ -1,0 +1,122 @@
+"""Every plan survives every way of writing it down."""
+
+import json
+from math import inf
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedkola.plan import (
+    Algorithm,
+    Cohort,
+    Engine,
+    Knowledge,
+    Model,
+    Plan,
+    Privacy,
+    Quality,
+    Run,
+    Scenario,
+    Task,
+    as_dict,
+    digest,
+    dump,
+    from_dict,
+    override,
+    parse,
+)
+
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+counts = st.integers(0, 2**63 - 1)
+positive = st.integers(1, 2**63 - 1)
+shares = st.floats(0, 1)
+above_zero = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+
+plans = st.builds(
+    Plan,
+    run=st.builds(
+        Run,
+        name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
+        rounds=counts,
+        seed=counts,
+        folder=texts,
+    ),
+    model=st.builds(Model, name=texts, max_tokens=positive, batch=positive, threads=counts),
+    task=st.builds(
+        Task,
+        name=texts,
+        level=texts,
+        sites=positive,
+        windows=positive,
+        overlap=shares,
+        per_label=counts,
+        train=texts,
+        test=texts,
+        test_share=shares,
+        text=texts,
+        encoding=st.sampled_from(["utf-8", "cp1252", "latin-1"]),
+        partition=st.sampled_from(["iid", "by-label", "dirichlet:0.5", "dirichlet:1e-3"]),
+        labels=st.lists(texts, max_size=3).map(tuple),
+        unlabelled=st.booleans(),
+    ),
+    scenario=st.builds(
+        Scenario,
+        noisy=st.dictionaries(texts, shares, max_size=3),
+        late=st.dictionaries(texts, positive, max_size=3),
+        leave=st.dictionaries(texts, positive, max_size=3),
+    ),
+    cohort=st.builds(Cohort, size=st.sampled_from([0, 5, 2**63 - 1]), minimum=st.integers(1, 5)),
+    algorithm=st.builds(
+        Algorithm,
+        name=texts,
+        rank=positive,
+        alpha=above_zero,
+        epochs=above_zero,
+        batch=positive,
+        lr=above_zero,
+        exchanges=positive,
+    ),
+    knowledge=st.builds(
+        Knowledge,
+        features=positive,
+        bits=st.integers(1, 12),
+        readout=texts,
+        lam=above_zero,
+        lanes=st.lists(texts, max_size=3).map(tuple),
+        tau_g=above_zero,
+        public_reference=st.booleans(),
+        coverage_min=shares,
+        half_life=st.none() | above_zero,
+    ),
+    privacy=st.builds(
+        Privacy, secure_sum=st.booleans(), epsilon=above_zero | st.just(inf), delta=shares
+    ),
+    quality=st.builds(Quality, mode=texts),
+    engine=st.builds(Engine, name=texts, order=counts),
+)
+
+
+@given(plans)
+def test_every_plan_reads_back_from_its_text(plan: Plan):
+    assert parse(dump(plan)) == plan
+    assert dump(parse(dump(plan))) == dump(plan)
+
+
+@given(plans)
+def test_every_plan_reads_back_from_json_with_the_same_digest(plan: Plan):
+    again = from_dict(json.loads(json.dumps(as_dict(plan), allow_nan=False)))
+    assert again == plan
+    assert digest(again) == digest(plan)
+
+
+@given(plans, plans)
+def test_two_plans_have_one_digest_only_if_they_are_equal(one: Plan, other: Plan):
+    assert (digest(one) == digest(other)) == (as_dict(one) == as_dict(other))
+
+
+@given(plans, counts, shares)
+def test_a_setting_changes_its_own_key_and_nothing_else(plan: Plan, seed: int, share: float):
+    doc = as_dict(plan)
+    doc["run"]["seed"] = seed
+    doc["scenario"]["noisy"]["north"] = share
+    assert override(plan, [f"run.seed={seed}", f"scenario.noisy.north={share!r}"]) == from_dict(doc)
