@@ -1,0 +1,1 @@
+"""Where a stream comes from: the closed table of tasks."""

@@ -1,0 +1,164 @@
+"""Knowledge as it arrives: the records of every site, window by window, and the test beside them.
+
+A stream is the whole of a task: the public catalogue of labels, each site's records with the
+window in which they reached it, and held-out records to ask about. Window 1 is the first round.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+from fedkola.errors import PlanError
+from fedkola.types import Catalogue, Dataset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """A task, ready to run.
+
+    ``test.windows`` holds the window in which the label of a test record first arrives at any
+    site (that of its scope where the label itself never does). ``about`` says per site what the
+    records cannot: ``specialty`` and ``scopes`` at least. ``excluded`` counts records left out by
+    site (``test`` for the test, ``train`` before records were given to sites) and reason;
+    ``notices`` are sentences about what was found odd but kept.
+    """
+
+    catalogue: Catalogue
+    sites: Mapping[str, Dataset]
+    test: Dataset
+    windows: tuple[str, ...]
+    about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    excluded: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Records:
+    """A site's own records as they arrive: :class:`fedkola.types.Knowledge` over a dataset."""
+
+    data: Dataset
+
+    def at(self, window: int) -> Dataset:
+        """Records that reached the site in this window."""
+        return self.data.take([i for i, w in enumerate(self.data.windows) if w == window])
+
+    def until(self, window: int) -> Dataset:
+        """Records that reached the site in this window or before it."""
+        return self.data.take([i for i, w in enumerate(self.data.windows) if w <= window])
+
+    def without(
+        self, *, patients: Collection[str] = (), records: Collection[str] = ()
+    ) -> "Records":
+        """The same without these patients and records. Names not held change nothing, so that a
+        removal may be asked for twice."""
+        gone_patients, gone_records = frozenset(patients), frozenset(records)
+        kept = [
+            i
+            for i, (record, patient) in enumerate(
+                zip(self.data.records, self.data.patients, strict=True)
+            )
+            if record not in gone_records and patient not in gone_patients
+        ]
+        return Records(data=self.data.take(kept))
+
+
+def split_test(stream: Stream, share: float = 0.1) -> tuple[Dataset, Dataset]:
+    """Test records to choose hyper-parameters on, about ``share`` of them, and the untouched rest.
+
+    Decided by a hash of the text: the same on every machine, for every seed and subset, and equal
+    texts stay on one side.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise PlanError(f"a share of {share} of the test was asked for; give one from 0 to 1")
+    dev = [i for i, text in enumerate(stream.test.texts) if hash_share(text) < share]
+    chosen = set(dev)
+    rest = [i for i in range(len(stream.test)) if i not in chosen]
+    return stream.test.take(dev), stream.test.take(rest)
+
+
+def hash_share(text: str) -> float:
+    """A number in [0, 1) that depends on ``text`` alone, as if drawn uniformly."""
+    return int.from_bytes(sha256(text.encode("utf-8", "surrogatepass")).digest()[:6]) / 2**48
+
+
+def seeded(seed: int, *names: str) -> random.Random:
+    """A source of randomness of its own for each seed and purpose."""
+    return random.Random("/".join((str(seed), *names)))
+
+
+def arrivals(sizes: Mapping[str, int], *, windows: int, seed: int) -> dict[str, int]:
+    """A window from 1 to ``windows`` for every group, balanced by size, in a mixed order.
+
+    Largest first into the window that holds least. Sizes are perturbed by up to a fifth, so that
+    seeds differ in which groups share a window. Raises PlanError where a window would stay empty.
+    """
+    if not 1 <= windows <= len(sizes):
+        raise PlanError(
+            f"{windows} windows were asked for {len(sizes)} groups of labels; "
+            f"set task.windows from 1 to {len(sizes)}"
+        )
+    chance = seeded(seed, "arrivals")
+    felt = {group: (1 + size) * chance.uniform(0.8, 1.2) for group, size in sizes.items()}
+    names = list(range(1, windows + 1))
+    chance.shuffle(names)
+    load = dict.fromkeys(names, 0.0)
+    window: dict[str, int] = {}
+    for group in sorted(felt, key=lambda g: (-felt[g], g)):
+        window[group] = min(load, key=lambda w: load[w])
+        load[window[group]] += felt[group]
+    return window
+
+
+def first_windows(catalogue: Catalogue, sites: Mapping[str, Dataset]) -> dict[str, int]:
+    """Window in which each label first arrives at any site; that of its scope where it never does.
+
+    A label whose whole scope never arrives gets window 1: it counts from the start, as a miss.
+    """
+    first: dict[str, int] = {}
+    for data in sites.values():
+        for code, window in zip(data.labels, data.windows, strict=True):
+            first[code] = min(window, first.get(code, window))
+    scope_first: dict[str, int] = {}
+    for label in catalogue.labels:
+        if label.code in first:
+            window = first[label.code]
+            scope_first[label.scope] = min(window, scope_first.get(label.scope, window))
+    return {
+        label.code: first.get(label.code, scope_first.get(label.scope, 1))
+        for label in catalogue.labels
+    }
+
+
+def cap(
+    train: Sequence[str], test: Sequence[str], *, per_label: int, seed: int
+) -> tuple[list[int], list[int]]:
+    """Rows to keep so that no label has more than ``per_label`` training rows (0: all of them).
+
+    ``train`` and ``test`` name the label of every row. The test shrinks in proportion, to no less
+    than one row of a label. Positions come back in order.
+    """
+    if not per_label:
+        return list(range(len(train))), list(range(len(test)))
+    groups, asked = _positions(train), _positions(test)
+    kept_train: list[int] = []
+    kept_test: list[int] = []
+    for label, rows in groups.items():
+        chance = seeded(seed, "cap", label)
+        keep = min(len(rows), per_label)
+        kept_train += chance.sample(rows, keep)
+        tests = asked.get(label, [])
+        kept_test += chance.sample(tests, min(len(tests), -(-len(tests) * keep // len(rows))))
+    for label, rows in asked.items():
+        if label not in groups:
+            kept_test += rows
+    return sorted(kept_train), sorted(kept_test)
+
+
+def _positions(labels: Sequence[str]) -> dict[str, list[int]]:
+    rows: defaultdict[str, list[int]] = defaultdict(list)
+    for i, label in enumerate(labels):
+        rows[label].append(i)
+    return dict(rows)
