@@ -28,7 +28,6 @@ from fedkola.errors import (
     GridOverflow,
     LedgerError,
     NotFinite,
-    StaleUpdate,
     VersionMismatch,
     WireError,
 )

@@ -1,0 +1,115 @@
+"""Which modules an input belongs to, and whether the knowledge to answer it is there at all.
+
+From summed moments of the integer embeddings (n, sum z, sum z z^T, and sum z by label)::
+
+    p(m|x)      = softmax over all modules of ( -T_m(x) / (2 tau) + log n_m / n )
+    coverage(x) = sum of p(m|x) over the modules that the site holds
+    unknown(x)  = min_c (x - mu_c)' S_w^-1 (x - mu_c)  -  (x - mu)' S_t^-1 (x - mu)
+
+T_m is the Mahalanobis distance to the module's mean under the pooled within-module covariance;
+``unknown`` is the relative Mahalanobis distance of Ren et al. (2021) over label means.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedkola.knowledge.statistics import COUNTS, GRAM, SUMS, unpack
+
+RIDGE = 1e-2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """Means and precisions in units of the embedding (z / 1024), float32.
+
+    ``means`` (M, d) by module, ``label_means`` (C, d), ``within``, ``by_label`` and ``background``
+    (d, d) are inverse covariances, ``centre`` (d,) is the overall mean.
+    """
+
+    modules: tuple[str, ...]
+    log_prior: Tensor
+    means: Tensor
+    label_means: Tensor
+    centre: Tensor
+    within: Tensor
+    by_label: Tensor
+    background: Tensor
+
+
+def build(parts: Sequence[tuple[str, Mapping[str, Tensor], float]], *, width: int) -> Router:
+    """A router from (module, words of a router cell, weight) triples; a pure function of sums."""
+    modules = tuple(dict.fromkeys(module for module, _, _ in parts))
+    count = torch.zeros(len(modules), dtype=torch.float64)
+    sums = torch.zeros(len(modules), width, dtype=torch.float64)
+    moment = torch.zeros(width, width, dtype=torch.float64)
+    label_sums, label_counts = [], []
+    for module, words, weight in parts:
+        row = modules.index(module)
+        count[row] += weight * float(words[COUNTS].sum())
+        sums[row] += weight * words[SUMS].sum(0).to(torch.float64) / 1024
+        moment += weight * unpack(words[GRAM], width).to(torch.float64) / 1024**2
+        kept = words[COUNTS] > 0
+        label_sums.append(words[SUMS][kept].to(torch.float64) / 1024)
+        label_counts.append(words[COUNTS][kept].to(torch.float64))
+    means = sums / count[:, None]
+    rows, row_counts = torch.cat(label_sums), torch.cat(label_counts)
+    label_means = rows / row_counts[:, None]
+    total = count.sum()
+    centre = sums.sum(0) / total
+    return Router(
+        modules=modules,
+        log_prior=(count / total).log().to(torch.float32),
+        means=means.to(torch.float32),
+        label_means=label_means.to(torch.float32),
+        centre=centre.to(torch.float32),
+        within=_precision(moment / total - (means.T * (count / total)) @ means),
+        by_label=_precision(moment / total - (label_means.T * (row_counts / total)) @ label_means),
+        background=_precision(moment / total - torch.outer(centre, centre)),
+    )
+
+
+def posterior(router: Router, z: Tensor, *, tau: float) -> Tensor:
+    """p(m|x) of shape (n, M) for integer embeddings z (n, d)."""
+    distance = _mahalanobis(z.to(torch.float32) / 1024, router.means, router.within)
+    return torch.softmax(-distance / (2 * tau) + router.log_prior, dim=1)
+
+
+def coverage(router: Router, z: Tensor, *, held: Sequence[str] | None, tau: float) -> Tensor:
+    """Share of the posterior that falls on held modules, (n,); 1 when everything is held."""
+    p = posterior(router, z, tau=tau)
+    if held is None:
+        return p.sum(1)
+    kept = torch.tensor([module in held for module in router.modules])
+    return p[:, kept].sum(1)
+
+
+def gates(p: Tensor, *, top_k: int) -> Tensor:
+    """Top-K of the posterior, renormalised; zeros elsewhere. Shape (n, M)."""
+    best = p.topk(min(top_k, p.shape[1]), dim=1)
+    gate = torch.zeros_like(p).scatter_(1, best.indices, best.values)
+    return gate / gate.sum(1, keepdim=True)
+
+
+def unknown(router: Router, z: Tensor) -> Tensor:
+    """Relative Mahalanobis distance to the nearest label mean, (n,); large means never seen."""
+    e = z.to(torch.float32) / 1024
+    nearest = _mahalanobis(e, router.label_means, router.by_label).amin(1)
+    return nearest - _mahalanobis(e, router.centre[None], router.background)[:, 0]
+
+
+def _precision(covariance: Tensor) -> Tensor:
+    ridge = RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
+    whole = covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype)
+    inverse: Tensor = torch.linalg.inv((whole + whole.T) / 2)
+    return inverse.to(torch.float32)
+
+
+def _mahalanobis(e: Tensor, means: Tensor, precision: Tensor) -> Tensor:
+    """Squared distances of shape (n, M)."""
+    projected = e @ precision
+    cross = projected @ means.T
+    own = ((means @ precision) * means).sum(1)
+    return (projected * e).sum(1, keepdim=True) - 2 * cross + own

@@ -1,0 +1,458 @@
+"""Views: a model as a pure function of live cells, as of a world time and a knowledge time.
+
+Read-outs from summed statistics alone (mu_c = s_c / n_c, n = sum n_c, C labels)::
+
+    S_w    = ( G - sum_c s_c s_c^T / n_c ) / n
+    pooled : H = sum_c mu_c mu_c^T + C S_w;  V = (H + lam diag_mean(H) I)^-1 [mu_1 .. mu_C]
+    lda    : V = (S_w + lam diag_mean(S_w) I)^-1 [mu_c];  score_c = V_c' phi - mu_c' V_c / 2
+    root   : V = (G + lam diag_mean(G) I)^-1 [ s_c / sqrt(n_c) ]
+    tree   : pooled at every level of the label tree; a node's score is its own, plus ``down``
+             times the best score below it, plus ``up`` times its ancestors' scores
+
+``pooled`` equals the 1/n_c-weighted ridge when classes share their within-class covariance, but
+stays a function of sums. LoRA cells of one module merge by B = (sum S)(sum Gamma + lam tau I)^-1
+(Gram merge; LoRM, ICLR 2025, with A shared) or by the mean of B.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedkola.errors import BasisMismatch, UnknownCell
+from fedkola.knowledge import basis
+from fedkola.knowledge.bank import Bank, Cell, CellKind, select, valid_labels
+from fedkola.knowledge.router import Router
+from fedkola.knowledge.router import build as build_router
+from fedkola.knowledge.statistics import COUNTS, GRAM, SUMS, expand, unpack
+from fedkola.types import Catalogue, Weights
+
+CODE = "fedkola/view/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """How cells become a model; part of the view's identity."""
+
+    readout: str = "tree"
+    lam: float = 1e-4
+    up: float = 0.2
+    down: float = 1.0
+    merge: str = "gram"
+    merge_lam: float = 1e-3
+    half_life: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """Linear read-outs on phi, one per level of the label tree (level 0 holds the labels).
+
+    ``weights[l]`` is (p, C_l) float32, ``bias[l]`` (C_l,), ``parents[l]`` (C_0,) gives the node of
+    each label at level l, ``live`` (C_0,) whether a label may be answered, ``successor`` (C_0,) the
+    label that answers for it (itself unless retired and replaced; -1 if nobody does).
+    """
+
+    features: int
+    bits: int
+    seed: int
+    nodes: tuple[tuple[str, ...], ...]
+    weights: tuple[Tensor, ...]
+    bias: tuple[Tensor, ...]
+    parents: tuple[Tensor, ...]
+    successor: Tensor
+    up: float
+    down: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A model computed from ``cells``: head, router and adapters, with its provenance."""
+
+    id: str
+    cells: tuple[str, ...]
+    modules: tuple[str, ...]
+    rule: Rule
+    valid_at: float | None
+    known_at: int | None
+    held: tuple[str, ...] | None
+    head: Head | None
+    router: Router | None
+    adapters: Mapping[str, Weights]
+
+
+def compute(
+    bank: Bank,
+    catalogue: Catalogue,
+    rule: Rule,
+    *,
+    now: int,
+    targets: Mapping[str, tuple[int, int]] | None = None,
+    valid_at: float | None = None,
+    known_at: int | None = None,
+    held: Sequence[str] | None = None,
+) -> View:
+    """The model that the live cells stand for. ``now`` (a round) only dates half-life weights;
+    ``targets`` (layer -> (d_out, d_in)) is needed for LoRA cells, whose A comes from the basis.
+
+    Raises UnknownCell if no cell is live at that time, BasisMismatch if cells of one kind were
+    opened with different recipes.
+    """
+    chosen = {
+        kind: select(bank, kind, valid_at=valid_at, known_at=known_at, held=held)
+        for kind in CellKind
+    }
+    if not any(chosen.values()):
+        raise UnknownCell(
+            f"no cell is live as of valid_at={valid_at}, known_at={known_at}, held={held}; "
+            "`fedkola bank ls` shows what there is"
+        )
+    answers = valid_labels(bank, valid_at=valid_at, known_at=known_at)
+    analytic, routers, loras = (chosen[kind] for kind in CellKind)
+    moment = now if rule.half_life else None
+    return View(
+        id=identity(
+            [c for cells in chosen.values() for c in cells], rule, answers, held=held, now=moment
+        ),
+        cells=tuple(c.about.id for cells in chosen.values() for c in cells),
+        modules=tuple(dict.fromkeys(c.about.module for cells in chosen.values() for c in cells)),
+        rule=rule,
+        valid_at=valid_at,
+        known_at=known_at,
+        held=None if held is None else tuple(held),
+        head=_head(analytic, catalogue, rule, answers, now) if analytic else None,
+        router=_router(routers, rule, now) if routers else None,
+        adapters=_adapters(loras, rule, now, targets or {}),
+    )
+
+
+def identity(
+    cells: Sequence[Cell],
+    rule: Rule,
+    answers: Mapping[str, Sequence[str]],
+    *,
+    held: Sequence[str] | None,
+    now: int | None,
+) -> str:
+    """The view's name: a hash over integers, so it is the same wherever the sums are the same."""
+    filled: set[str] = set()
+    for cell in cells:
+        counts = cell.total.words.get(COUNTS)
+        if counts is not None:
+            filled.update(c for c, n in zip(cell.about.labels, counts.tolist(), strict=True) if n)
+    about = {
+        "code": CODE,
+        "cells": sorted((cell.about.id, cell.about.words) for cell in cells),
+        "rule": asdict(rule),
+        "answers": sorted((c, sorted(answers.get(c, ()))) for c in filled),
+        "held": None if held is None else sorted(held),
+        "now": now,
+    }
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def scores(head: Head, z: Tensor, level: int) -> Tensor:
+    """Scores (n, C_level) of integer embeddings z (n, d); -inf for nodes without a live label."""
+    phi = expand(z, features=head.features, bits=head.bits, seed=head.seed)
+    raw = [
+        phi @ weights + bias if weights.numel() else None
+        for weights, bias in zip(head.weights, head.bias, strict=True)
+    ]
+    labels = raw[0]
+    assert labels is not None
+    answering = torch.nonzero(head.successor >= 0).flatten()
+    target = head.successor[answering]
+    best = torch.full_like(labels, float("-inf"))
+    best.scatter_reduce_(1, target.expand(len(z), -1), labels[:, answering], reduce="amax")
+    if level == 0:
+        score = best
+        above = range(1, len(raw))
+        of = {a: head.parents[a] for a in above}
+    else:
+        width = len(head.nodes[level])
+        below = torch.full((len(z), width), float("-inf"))
+        below.scatter_reduce_(1, head.parents[level].expand(len(z), -1), best, reduce="amax")
+        own = raw[level]
+        score = below if own is None else own + head.down * below
+        above = range(level + 1, len(raw))
+        first = _first_label(head, level)
+        of = {a: head.parents[a][first] for a in above}
+    for a in above:
+        higher = raw[a]
+        if higher is not None:
+            score = score + head.up * higher[:, of[a]]
+    return score
+
+
+def gated(view: View, modules: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A_cat (K r, d_in) and B_cat (d_out, K r) by layer, slots in the order of ``modules``."""
+    a_cat: dict[str, list[Tensor]] = {}
+    b_cat: dict[str, list[Tensor]] = {}
+    for module in modules:
+        for name, value in view.adapters[module].items():
+            layer, factor = name.rsplit(".", 1)
+            (a_cat if factor == "lora_A" else b_cat).setdefault(layer, []).append(value)
+    return (
+        {layer: torch.cat(parts, 0) for layer, parts in a_cat.items()},
+        {layer: torch.cat(parts, 1) for layer, parts in b_cat.items()},
+    )
+
+
+def to_tensors(view: View) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A view as a JSON document and its tensors: what is published, and what is saved."""
+    tensors: dict[str, Tensor] = {}
+    document: dict[str, Any] = {
+        "id": view.id,
+        "cells": list(view.cells),
+        "modules": list(view.modules),
+        "rule": asdict(view.rule),
+        "valid_at": view.valid_at,
+        "known_at": view.known_at,
+        "held": None if view.held is None else list(view.held),
+        "adapters": list(view.adapters),
+    }
+    if view.head:
+        head = view.head
+        document["head"] = {name: getattr(head, name) for name in _HEAD_NUMBERS}
+        document["head"]["nodes"] = [list(nodes) for nodes in head.nodes]
+        for level in range(len(head.nodes)):
+            tensors[f"head.weights.{level}"] = head.weights[level]
+            tensors[f"head.bias.{level}"] = head.bias[level]
+            tensors[f"head.parents.{level}"] = head.parents[level]
+        tensors["head.successor"] = head.successor
+    if view.router:
+        document["router"] = list(view.router.modules)
+        tensors |= {f"router.{name}": getattr(view.router, name) for name in _ROUTER_TENSORS}
+    for index, adapter in enumerate(view.adapters.values()):
+        tensors |= {f"adapters.{index}.{name}": value for name, value in adapter.items()}
+    return document, tensors
+
+
+def from_tensors(document: Mapping[str, Any], tensors: Weights) -> View:
+    """The inverse of ``to_tensors``."""
+    head = router = None
+    if "head" in document:
+        about = document["head"]
+        levels = range(len(about["nodes"]))
+        head = Head(
+            **{name: about[name] for name in _HEAD_NUMBERS},
+            nodes=tuple(tuple(nodes) for nodes in about["nodes"]),
+            weights=tuple(tensors[f"head.weights.{level}"] for level in levels),
+            bias=tuple(tensors[f"head.bias.{level}"] for level in levels),
+            parents=tuple(tensors[f"head.parents.{level}"] for level in levels),
+            successor=tensors["head.successor"],
+        )
+    if "router" in document:
+        parts = {name: tensors[f"router.{name}"] for name in _ROUTER_TENSORS}
+        router = Router(modules=tuple(document["router"]), **parts)
+    held = document["held"]
+    return View(
+        id=document["id"],
+        cells=tuple(document["cells"]),
+        modules=tuple(document["modules"]),
+        rule=Rule(**document["rule"]),
+        valid_at=document["valid_at"],
+        known_at=document["known_at"],
+        held=None if held is None else tuple(held),
+        head=head,
+        router=router,
+        adapters={
+            module: {
+                name.removeprefix(f"adapters.{index}."): value
+                for name, value in tensors.items()
+                if name.startswith(f"adapters.{index}.")
+            }
+            for index, module in enumerate(document["adapters"])
+        },
+    )
+
+
+def save(view: View, folder: Path, provenance: Mapping[str, Any]) -> None:
+    """Write the artefact of a view: ``view.safetensors`` and ``view.json`` with provenance."""
+    folder.mkdir(parents=True, exist_ok=True)
+    document, tensors = to_tensors(view)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "view.safetensors")
+    text = json.dumps(document | {"provenance": dict(provenance)}, indent=1, sort_keys=True)
+    (folder / "view.json").write_text(text)
+
+
+def load(folder: Path) -> tuple[View, dict[str, Any]]:
+    """A saved view and its provenance; raises UnknownCell if the folder holds none."""
+    path = folder / "view.json"
+    if not path.exists():
+        raise UnknownCell(f"{folder} holds no view.json; run `fedkola run` or `fedkola demo` first")
+    document = json.loads(path.read_text())
+    view = from_tensors(document, load_file(folder / "view.safetensors"))
+    return view, document["provenance"]
+
+
+def read_out(
+    gram: Tensor, sums: Tensor, counts: Tensor, *, rule: str, lam: float
+) -> tuple[Tensor, Tensor]:
+    """V (p, C) and bias (C,) float32 from G (p, p), s (C, p), n (C,), all float64, n > 0."""
+    p, num_labels = gram.shape[0], len(counts)
+    means = sums / counts[:, None]
+    bias = torch.zeros(num_labels, dtype=torch.float32)
+    if rule == "root":
+        return _solve(gram.clone(), (sums / counts.sqrt()[:, None]).T, lam), bias
+    within = (gram - (sums.T / counts) @ sums) / counts.sum()
+    if rule == "lda":
+        # One record per label leaves no scatter at all; the ridge then needs a floor of its own.
+        weights = _solve(within, means.T, lam, floor=1e-6 * float(gram.diagonal().mean()) / p)
+        return weights, -(means.to(torch.float32) * weights.T).sum(1) / 2
+    within.mul_(num_labels).addmm_(means.T, means)
+    return _solve(within, means.T, lam), bias
+
+
+# --- private --------------------------------------------------------------------------------------
+
+_HEAD_NUMBERS = ("features", "bits", "seed", "up", "down")
+_ROUTER_TENSORS = (
+    "log_prior",
+    "means",
+    "label_means",
+    "centre",
+    "within",
+    "by_label",
+    "background",
+)
+
+
+def _weight(cell: Cell, rule: Rule, now: int) -> float:
+    if rule.half_life is None:
+        return 1.0
+    return float(2.0 ** (-(now - cell.about.round) / rule.half_life))
+
+
+def _recipe(cells: Sequence[Cell], names: Sequence[str]) -> dict[str, Any]:
+    found = {tuple((name, cell.about.recipe[name]) for name in names) for cell in cells}
+    if len(found) != 1:
+        raise BasisMismatch(f"cells of one view were opened with different recipes: {found}")
+    return dict(found.pop())
+
+
+def _head(
+    cells: Sequence[Cell],
+    catalogue: Catalogue,
+    rule: Rule,
+    answers: Mapping[str, Sequence[str]],
+    now: int,
+) -> Head:
+    recipe = _recipe(cells, ("features", "bits", "seed"))
+    p = int(recipe["features"])
+    position = {label.code: i for i, label in enumerate(catalogue.labels)}
+    sums = torch.zeros(len(catalogue.labels), p, dtype=torch.float64)
+    counts = torch.zeros(len(catalogue.labels), dtype=torch.float64)
+    packed = torch.zeros(p * (p + 1) // 2, dtype=torch.float64)
+    for cell in cells:
+        weight, words = _weight(cell, rule, now), cell.total.words
+        index = torch.tensor([position[code] for code in cell.about.labels], dtype=torch.int64)
+        # Weighted integers stay exact in float64 when the weight is 1.
+        packed.add_(words[GRAM], alpha=weight)
+        sums.index_add_(0, index, words[SUMS].to(torch.float64) * weight)
+        counts.index_add_(0, index, words[COUNTS].to(torch.float64) * weight)
+    filled = torch.nonzero(counts > 0).flatten()
+    labels = [catalogue.labels[int(i)] for i in filled]
+    sums, counts, gram = sums[filled], counts[filled], unpack(packed, p)
+    nodes, parents, weights, biases = [], [], [], []
+    levels = len(catalogue.levels)
+    for level in range(levels):
+        order = {name: i for i, name in enumerate(dict.fromkeys(e.path[level] for e in labels))}
+        names = tuple(order)
+        index = torch.tensor([order[label.path[level]] for label in labels])
+        nodes.append(names)
+        parents.append(index)
+        if level == 0 or rule.readout == "tree":
+            node_sums = torch.zeros(len(names), p, dtype=torch.float64).index_add_(0, index, sums)
+            node_counts = torch.zeros(len(names), dtype=torch.float64).index_add_(0, index, counts)
+            kind = "pooled" if rule.readout == "tree" else rule.readout
+            solved, bias = read_out(gram, node_sums, node_counts, rule=kind, lam=rule.lam)
+        else:
+            solved, bias = torch.zeros(0), torch.zeros(0)
+        weights.append(solved)
+        biases.append(bias)
+    return Head(
+        features=p,
+        bits=int(recipe["bits"]),
+        seed=int(recipe["seed"]),
+        nodes=tuple(nodes),
+        weights=tuple(weights),
+        bias=tuple(biases),
+        parents=tuple(parents),
+        successor=_successors([label.code for label in labels], answers),
+        up=rule.up,
+        down=rule.down,
+    )
+
+
+def _successors(codes: Sequence[str], answers: Mapping[str, Sequence[str]]) -> Tensor:
+    position = {code: i for i, code in enumerate(codes)}
+    target = torch.full((len(codes),), -1, dtype=torch.int64)
+    for code, speaks_for in answers.items():
+        if code in position:
+            for old in speaks_for:
+                if old in position:
+                    target[position[old]] = position[code]
+    return target
+
+
+def _first_label(head: Head, level: int) -> Tensor:
+    """For every node of a level, one label below it (its ancestors are the node's ancestors)."""
+    first = torch.zeros(len(head.nodes[level]), dtype=torch.int64)
+    first.scatter_(0, head.parents[level].flip(0), torch.arange(len(head.parents[level])).flip(0))
+    return first
+
+
+def _router(cells: Sequence[Cell], rule: Rule, now: int) -> Router:
+    parts = [(c.about.module, c.total.words, _weight(c, rule, now)) for c in cells]
+    return build_router(parts, width=cells[0].total.words[SUMS].shape[1])
+
+
+def _adapters(
+    cells: Sequence[Cell], rule: Rule, now: int, targets: Mapping[str, tuple[int, int]]
+) -> dict[str, dict[str, Tensor]]:
+    by_module: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_module.setdefault(cell.about.module, []).append(cell)
+    return {module: _merge(group, rule, now, targets) for module, group in by_module.items()}
+
+
+def _merge(
+    cells: Sequence[Cell], rule: Rule, now: int, targets: Mapping[str, tuple[int, int]]
+) -> dict[str, Tensor]:
+    """One module's adapter: pinned A of its slot, merged B by layer."""
+    recipe = _recipe(cells, ("rank", "basis_seed"))
+    rank, slot = int(recipe["rank"]), cells[0].about.slot
+    assert slot is not None
+    decoded: dict[str, Tensor] = {}
+    for cell in cells:
+        weight = _weight(cell, rule, now)
+        for name, words in cell.total.words.items():
+            value = words.to(torch.float64) * (weight / 2 ** cell.total.grid.scale[name])
+            decoded[name] = decoded[name] + value if name in decoded else value
+    layers = sorted(name.removesuffix(".lora_B") for name in decoded if name.endswith(".lora_B"))
+    merged: dict[str, Tensor] = {}
+    for layer in layers:
+        total = decoded[f"{layer}.lora_B"]
+        if rule.merge == "gram":
+            gram = decoded[f"{layer}.gram"]
+            ridge = rule.merge_lam * gram.trace() / rank * torch.eye(rank, dtype=torch.float64)
+            # S = sum_k B_k Gamma_k; the sum of Grams is symmetric, so solve on the transpose.
+            b = torch.linalg.solve(gram + ridge, total.T).T
+        else:
+            b = total / decoded["weight"]
+        merged[f"{layer}.lora_B"] = b.to(torch.float32).contiguous()
+    pinned = basis.slot(targets, index=slot, rank=rank, seed=int(recipe["basis_seed"]))
+    return merged | pinned
+
+
+def _solve(matrix: Tensor, right: Tensor, lam: float, *, floor: float = 0.0) -> Tensor:
+    """(M + (lam diag_mean(M) + floor) I)^-1 right, float32; ``matrix`` is overwritten."""
+    matrix.diagonal().add_(lam * float(matrix.diagonal().mean()) + floor)
+    factor = torch.linalg.cholesky(matrix)
+    return torch.cholesky_solve(right.contiguous(), factor).to(torch.float32)
