@@ -27,7 +27,11 @@ LONG = ("demo", "run", "predict", "bank", "bench")
 
 @pytest.fixture(scope="session")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    return script("docs/generate.py")
+
+
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -206,6 +210,20 @@ def test_every_changelog_fragment_has_a_number_and_a_known_kind() -> None:
     fragments = [name for name in names if name != "README.md"]
     pattern = r"\d{4}\.(added|changed|fixed|removed|security)(\.\d+)?\.md"
     assert [name for name in fragments if not re.fullmatch(pattern, name)] == []
+
+
+def test_a_release_gathers_the_fragments_with_security_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changelog = script("changelog.d/release.py")
+    monkeypatch.setattr(changelog, "FRAGMENTS", tmp_path)
+    (tmp_path / "0002.added.md").write_text("- A verb.\n")
+    (tmp_path / "0010.added.2.md").write_text("- Another.\n")
+    (tmp_path / "0003.security.md").write_text("- A limit.\n")
+    assert changelog.release("1.2.0", "2027-01-31") == (
+        "## 1.2.0 (2027-01-31)\n\n### Security\n\n- A limit.\n\n"
+        "### Added\n\n- A verb.\n- Another.\n"
+    )
 
 
 def test_every_decision_states_context_choice_rejections_and_when_to_look_again() -> None:
