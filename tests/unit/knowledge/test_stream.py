@@ -1,0 +1,141 @@
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from fedkola.errors import PlanError
+from fedkola.knowledge.stream import (
+    Records,
+    Stream,
+    arrivals,
+    cap,
+    first_windows,
+    hash_share,
+    split_test,
+)
+from fedkola.types import Catalogue, Dataset, Label
+
+DATA = Dataset(
+    records=("r1", "r2", "r3", "r4"),
+    texts=("fever", "cough", "rash", "ache"),
+    labels=("A", "A", "B", "B"),
+    patients=("p1", "p2", "p1", "p3"),
+    windows=(1, 1, 2, 3),
+)
+CATALOGUE = Catalogue(
+    system="tiny",
+    levels=("label",),
+    labels=tuple(
+        Label(code=code, path=(code,), scope=scope)
+        for code, scope in (("A", "s"), ("B", "s"), ("C", "s"), ("D", "far"))
+    ),
+)
+
+
+def stream(test: Dataset) -> Stream:
+    return Stream(catalogue=CATALOGUE, sites={"north": DATA}, test=test, windows=("1", "2", "3"))
+
+
+def test_a_window_holds_what_arrived_in_it_and_until_adds_what_came_before():
+    records = Records(data=DATA)
+
+    assert records.at(2).records == ("r3",)
+    assert records.until(2).records == ("r1", "r2", "r3")
+    assert len(records.at(9)) == 0
+
+
+def test_a_withdrawn_patient_takes_all_records_along():
+    left = Records(data=DATA).without(patients=["p1"])
+
+    assert left.data.records == ("r2", "r4")
+    assert left.data.windows == (1, 3)
+
+
+def test_a_withdrawal_may_be_asked_for_twice():
+    once = Records(data=DATA).without(records=["r2"])
+
+    assert once.data.records == ("r1", "r3", "r4")
+    assert once.without(records=["r2"]) == once
+
+
+def test_the_test_splits_into_two_parts_that_are_together_the_whole():
+    texts = tuple(f"synonym {i}" for i in range(2_000))
+    ids = tuple(str(i) for i in range(2_000))
+    whole = Dataset(
+        records=ids, texts=texts, labels=("A",) * 2_000, patients=ids, windows=(1,) * 2_000
+    )
+
+    dev, untouched = split_test(stream(whole))
+
+    assert sorted((*dev.records, *untouched.records)) == sorted(ids)
+    assert len(dev) == pytest.approx(200, abs=40)
+
+
+def test_a_text_is_split_the_same_in_every_subset_and_twins_stay_together():
+    twins = replace(DATA, texts=("fever", "cough", "fever", "cough"))
+
+    dev, untouched = split_test(stream(twins), share=0.5)
+
+    assert not set(dev.texts) & set(untouched.texts)
+    assert split_test(stream(twins.take([2, 3])), share=0.5)[0].texts == dev.texts[:1]
+
+
+def test_the_hash_of_a_text_never_changes():
+    assert hash_share("Cholera") == pytest.approx(0.934149, abs=1e-6)
+
+
+def test_a_share_beyond_the_whole_is_refused():
+    with pytest.raises(PlanError, match="from 0 to 1"):
+        split_test(stream(DATA), share=1.5)
+
+
+def test_windows_are_balanced_and_none_is_empty():
+    sizes = {f"chapter-{i}": 100 for i in range(22)}
+
+    window = arrivals(sizes, windows=8, seed=7)
+
+    assert set(window) == set(sizes)
+    assert sorted(Counter(window.values()).values()) == [2, 2, 3, 3, 3, 3, 3, 3]
+
+
+def test_a_giant_group_gets_a_window_of_its_own():
+    window = arrivals({"giant": 1_000, "a": 10, "b": 10, "c": 10}, windows=2, seed=1)
+
+    assert window["a"] == window["b"] == window["c"] != window["giant"]
+
+
+def test_seeds_mix_arrival_differently():
+    sizes = {f"chapter-{i}": 10 + i for i in range(22)}
+
+    assert arrivals(sizes, windows=8, seed=1) == arrivals(sizes, windows=8, seed=1)
+    assert arrivals(sizes, windows=8, seed=1) != arrivals(sizes, windows=8, seed=2)
+
+
+@pytest.mark.parametrize("windows", [0, 3])
+def test_more_windows_than_groups_are_refused(windows):
+    with pytest.raises(PlanError, match="set task.windows from 1 to 2"):
+        arrivals({"a": 1, "b": 1}, windows=windows, seed=7)
+
+
+def test_a_label_arrives_with_its_first_record_or_with_its_scope():
+    south = replace(DATA, windows=(4, 4, 1, 1))
+
+    first = first_windows(CATALOGUE, {"north": DATA, "south": south})
+
+    assert first == {"A": 1, "B": 1, "C": 1, "D": 1}
+    assert first_windows(CATALOGUE, {"south": south}) == {"A": 4, "B": 1, "C": 1, "D": 1}
+
+
+def test_a_cap_keeps_so_many_of_each_label_and_shrinks_its_test():
+    train = ["A"] * 10 + ["B"] * 2
+    test = ["A"] * 20 + ["B"] * 3 + ["new"]
+
+    kept, kept_test = cap(train, test, per_label=5, seed=7)
+
+    assert Counter(train[i] for i in kept) == {"A": 5, "B": 2}
+    assert Counter(test[i] for i in kept_test) == {"A": 10, "B": 3, "new": 1}
+    assert kept == sorted(kept)
+
+
+def test_no_cap_keeps_everything():
+    assert cap(["A", "B"], ["A"], per_label=0, seed=7) == ([0, 1], [0])
