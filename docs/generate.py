@@ -172,21 +172,18 @@ def source(algorithm: type) -> str:
 
 
 def paragraphs(docstring: str | None) -> list[str]:
-    """A docstring as Markdown: what stands after ``::`` and indented becomes a code block."""
+    """A docstring as Markdown: the update rules of a paper and indented blocks become code."""
     lines: list[str] = []
-    inside = False
-    for line in inspect.cleandoc(docstring or "").splitlines():
-        indented = line.startswith("  ")
-        if indented and not inside:
-            lines.append("```text")
-        elif inside and line and not indented:
-            while lines[-1] == "":
-                lines.pop()
-            lines += ["```", ""]
-        inside = indented or (inside and not line)
-        line = line if inside else plain(line)
-        lines.append(re.sub(r"::$", ":", line) if not inside else line)
-    return [*lines, "```"] if inside else lines
+    for block in re.split(r"\n\s*\n", inspect.cleandoc(docstring or "")):
+        rows = [row for row in block.replace("\b", "").splitlines() if row.strip()]
+        if rows and (rows[0].startswith("server:") or all(row.startswith("  ") for row in rows)):
+            lines += ["```text", *inspect.cleandoc("\n" + "\n".join(rows)).splitlines(), "```", ""]
+        elif len(rows) > 1 and all(row.startswith("  ") for row in rows[1:]):
+            code = inspect.cleandoc("\n" + "\n".join(rows[1:])).splitlines()
+            lines += [plain(rows[0]), "", "```text", *code, "```", ""]
+        elif rows:
+            lines += [re.sub(r"::$", ":", plain(row)) for row in rows] + [""]
+    return lines[:-1]
 
 
 def plain(line: str) -> str:
@@ -221,7 +218,7 @@ def cli_page() -> str:
     ]
     for verb, command in commands():
         lines += ["", f"## fedkola {verb}", ""]
-        lines += [line.rstrip() for line in paragraphs(command.help) if "\b" not in line]
+        lines += paragraphs(command.help)
         rows = [row for row in map(parameter, command.params) if row]
         if rows:
             lines += ["", "| argument or option | default | meaning |", "|---|---|---|", *rows]

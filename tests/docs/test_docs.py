@@ -152,6 +152,11 @@ def test_every_plan_in_the_docs_is_accepted(page: Path, text: str) -> None:
     assert plan.parse(plan.dump(plan.parse(text))) == plan.parse(text)
 
 
+def test_every_algorithm_that_a_command_names_exists() -> None:
+    named = {name for line in COMMANDS for name in re.findall(r"algorithm\.name=(\S+)", line)}
+    assert named <= set(ALGORITHMS)
+
+
 def test_links_between_documents_lead_somewhere() -> None:
     broken = [
         f"{page.relative_to(ROOT)} -> {target}"
