@@ -113,7 +113,7 @@ def test_seeds_mix_arrival_differently():
 
 @pytest.mark.parametrize("windows", [0, 3])
 def test_more_windows_than_groups_are_refused(windows):
-    with pytest.raises(PlanError, match="set task.windows from 1 to 2"):
+    with pytest.raises(PlanError, match=r"set task.windows from 1 to 2"):
         arrivals({"a": 1, "b": 1}, windows=windows, seed=7)
 
 

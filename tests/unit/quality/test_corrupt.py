@@ -51,7 +51,7 @@ def test_another_seed_is_other_noise():
 
 
 @pytest.mark.parametrize(
-    "rate, codes, message", [(1.5, "AB", "from 0 to 1"), (0.5, "A", "two labels to mix up")]
+    ("rate", "codes", "message"), [(1.5, "AB", "from 0 to 1"), (0.5, "A", "two labels to mix up")]
 )
 def test_noise_that_cannot_be_is_refused(rate, codes, message):
     with pytest.raises(PlanError, match=message):

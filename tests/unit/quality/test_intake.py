@@ -53,7 +53,7 @@ def test_unlabelled_text_has_empty_labels():
 
 
 @pytest.mark.parametrize(
-    "value, expected",
+    ("value", "expected"),
     [
         (" A00 ", ("A00", "")),
         (4, ("4", "")),

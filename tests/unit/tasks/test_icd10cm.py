@@ -159,7 +159,7 @@ def test_any_number_of_hospitals_keeps_four_holders_of_each_chapter(sites):
 
 
 @pytest.mark.parametrize(
-    "task, message",
+    ("task", "message"),
     [
         (Task(level="codes"), "set category, block, chapter"),
         (Task(sites=3), "4 or more"),
