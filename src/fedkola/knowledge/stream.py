@@ -35,7 +35,7 @@ class Stream:
     notices: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Records:
     """A site's own records as they arrive: :class:`fedkola.types.Knowledge` over a dataset."""
 
@@ -62,7 +62,7 @@ class Records:
             )
             if record not in gone_records and patient not in gone_patients
         ]
-        return Records(data=self.data.take(kept))
+        return Records(self.data.take(kept))
 
 
 def split_test(stream: Stream, share: float = 0.1) -> tuple[Dataset, Dataset]:

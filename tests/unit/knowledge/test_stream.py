@@ -37,7 +37,7 @@ def stream(test: Dataset) -> Stream:
 
 
 def test_a_window_holds_what_arrived_in_it_and_until_adds_what_came_before():
-    records = Records(data=DATA)
+    records = Records(DATA)
 
     assert records.at(2).records == ("r3",)
     assert records.until(2).records == ("r1", "r2", "r3")
@@ -45,14 +45,14 @@ def test_a_window_holds_what_arrived_in_it_and_until_adds_what_came_before():
 
 
 def test_a_withdrawn_patient_takes_all_records_along():
-    left = Records(data=DATA).without(patients=["p1"])
+    left = Records(DATA).without(patients=["p1"])
 
     assert left.data.records == ("r2", "r4")
     assert left.data.windows == (1, 3)
 
 
 def test_a_withdrawal_may_be_asked_for_twice():
-    once = Records(data=DATA).without(records=["r2"])
+    once = Records(DATA).without(records=["r2"])
 
     assert once.data.records == ("r1", "r3", "r4")
     assert once.without(records=["r2"]) == once
