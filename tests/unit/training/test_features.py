@@ -1,0 +1,133 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedkola.errors import NotFinite
+from fedkola.training.features import FeatureCache, embed, integer_embeddings
+from fedkola.training.model import Foundation, load
+
+TEXTS = [
+    "acute fever",
+    "fracture of left arm",
+    "chronic kidney failure",
+    "heart failure with infection of right lung",
+    "fever",
+    "infection due to other unspecified fever, left leg",
+]
+
+
+def test_embeddings_are_the_normalised_mean_of_the_last_hidden_state(encoder: Foundation) -> None:
+    e = embed(encoder, ["acute fever"])
+    ids = torch.tensor([[2, 5, 7, 3]])
+    with torch.no_grad():
+        mean = encoder.model(input_ids=ids).last_hidden_state.mean(dim=1)
+    torch.testing.assert_close(e, mean / mean.norm(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_text_has_the_same_bits_alone_in_company_and_in_another_order(
+    encoder: Foundation,
+) -> None:
+    together = embed(encoder, TEXTS * 5)
+    assert all(torch.equal(embed(encoder, [t])[0], together[i]) for i, t in enumerate(TEXTS))
+    assert torch.equal(embed(encoder, TEXTS[::-1]).flip(0), together[: len(TEXTS)])
+
+
+def test_embeddings_do_not_depend_on_the_number_of_threads(
+    minilm: Foundation, stories: Foundation
+) -> None:
+    for foundation in (minilm, stories):
+        one = embed(foundation, TEXTS)
+        torch.set_num_threads(3)
+        three = embed(foundation, TEXTS)
+        assert torch.get_num_threads() == 3
+        torch.set_num_threads(1)
+        assert torch.equal(one, three)
+
+
+def test_a_causal_model_embeds_by_the_mean_of_its_middle_layer(stories: Foundation) -> None:
+    e = embed(stories, ["Once upon a time"])
+    ids = torch.tensor([[1, 403, 407, 261, 378]])
+    with torch.no_grad():
+        states = stories.model(input_ids=ids, output_hidden_states=True).hidden_states
+    mean = states[3].mean(dim=1)
+    torch.testing.assert_close(e, mean / mean.norm(), rtol=1e-5, atol=1e-6)
+
+
+def test_no_texts_give_no_rows_and_an_empty_text_gives_a_row(encoder: Foundation) -> None:
+    assert embed(encoder, []).shape == (0, 16)
+    assert embed(encoder, [""]).norm(dim=1).item() == pytest.approx(1)
+
+
+def test_integers_round_halves_to_even() -> None:
+    e = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, 1024.0]) / 1024
+    assert integer_embeddings(e).tolist() == [0, 2, 2, 0, -2, 1024]
+    assert integer_embeddings(e).dtype == torch.int16
+
+
+def test_an_embedding_that_is_not_finite_stops_here(encoder_folder: Path) -> None:
+    broken = load(str(encoder_folder), max_tokens=24)
+    broken.model.get_parameter("embeddings.LayerNorm.weight").fill_(float("nan"))
+    with pytest.raises(NotFinite):
+        embed(broken, TEXTS)
+
+
+def test_the_cache_gives_the_integers_of_the_embeddings_and_computes_each_text_once(
+    encoder: Foundation, tmp_path: Path
+) -> None:
+    cache = FeatureCache(encoder, tmp_path)
+    found = cache.integers([*TEXTS, TEXTS[0]])
+    assert torch.equal(found, integer_embeddings(embed(encoder, [*TEXTS, TEXTS[0]])))
+    assert found.dtype == torch.int16
+    assert len(cache) == len(TEXTS)
+    assert cache.integers([]).shape == (0, 16)
+
+
+def test_a_second_cache_on_the_folder_reads_what_the_first_wrote(
+    encoder: Foundation, tmp_path: Path
+) -> None:
+    found = FeatureCache(encoder, tmp_path).integers(TEXTS)
+    again = FeatureCache(encoder, tmp_path)
+    assert len(again) == len(TEXTS)
+    assert torch.equal(again.integers(TEXTS), found)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_cache_without_a_folder_lives_in_memory(encoder: Foundation) -> None:
+    cache = FeatureCache(encoder)
+    assert torch.equal(cache.integers(TEXTS), cache.integers(TEXTS))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied"])
+def test_a_damaged_file_is_reported_removed_and_computed_again(
+    encoder: Foundation, tmp_path: Path, damage: str
+) -> None:
+    found = FeatureCache(encoder, tmp_path).integers(TEXTS)
+    [path] = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[70] ^= 1
+    path.write_bytes({"cut": content[:-7], "flipped": content, "emptied": b""}[damage])
+    cache = FeatureCache(encoder, tmp_path)
+    assert len(cache) == 0
+    assert cache.damaged[0].startswith(path.name)
+    assert torch.equal(cache.integers(TEXTS), found)
+    assert len(FeatureCache(encoder, tmp_path)) == len(TEXTS)
+
+
+def test_a_file_left_unfinished_by_a_killed_process_is_ignored(
+    encoder: Foundation, tmp_path: Path
+) -> None:
+    (tmp_path / f"abc.{os.getpid()}.unfinished").write_bytes(b"half a fi")
+    cache = FeatureCache(encoder, tmp_path)
+    assert (len(cache), cache.damaged) == (0, ())
+
+
+def test_models_and_lengths_do_not_share_entries(
+    encoder: Foundation, encoder_folder: Path, stories: Foundation, tmp_path: Path
+) -> None:
+    long = " ".join(TEXTS)
+    one = FeatureCache(encoder, tmp_path).integers([long])
+    shorter = load(str(encoder_folder), max_tokens=5)
+    assert not torch.equal(FeatureCache(shorter, tmp_path).integers([long]), one)
+    assert FeatureCache(stories, tmp_path).integers([long]).shape == (1, 64)
