@@ -230,9 +230,13 @@ class Client(Protocol):
         batch: int,
         lr: float,
         seed: int,
+        classes: Sequence[str] = (),
         pinned: Weights | None = None,
     ) -> Weights:
-        """Train ``weights`` on ``data`` and return them; ``pinned`` tensors stay as given."""
+        """Train ``weights`` on ``data`` and return them; ``pinned`` tensors stay as given.
+
+        ``classes`` names the rows of ``head.weight``: labels, or nodes of a higher level.
+        """
         ...
 
     def grams(self, weights: Weights, data: Dataset, *, pinned: Weights) -> Weights:
@@ -243,7 +247,9 @@ class Client(Protocol):
         """Integer embeddings round(2^10 e) of the frozen base, int16 of shape (n, d)."""
         ...
 
-    def evaluate(self, weights: Weights, data: Dataset) -> Mapping[str, float]:
+    def evaluate(
+        self, weights: Weights, data: Dataset, *, classes: Sequence[str] = ()
+    ) -> Mapping[str, float]:
         """Additive metrics under ``weights``: loss, correct, count."""
         ...
 

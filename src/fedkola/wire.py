@@ -80,9 +80,7 @@ def unpack_broadcast(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Broa
             guards=tuple(dict(guard) for guard in header["guards"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise WireError(
-            f"broadcast header is malformed: {error!r}; drop the message"
-        ) from error
+        raise WireError(f"broadcast header is malformed: {error!r}; drop the message") from error
 
 
 def pack_reply(reply: Reply) -> bytes:
@@ -95,9 +93,7 @@ def unpack_reply(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Reply:
     """Raises WireError or VersionMismatch for anything that ``pack_reply`` did not write."""
     header, words = _unframe(message, "reply", max_bytes)
     try:
-        return Reply(
-            client=str(header["client"]), words=words, refused=str(header["refused"])
-        )
+        return Reply(client=str(header["client"]), words=words, refused=str(header["refused"]))
     except KeyError as error:
         raise WireError(f"reply header lacks {error}; drop the message") from error
 
@@ -115,9 +111,7 @@ def words(update: Update, grid: Grid, cohort: Cohort) -> dict[str, Tensor]:
     reals[WEIGHT] = torch.tensor(update.weight, dtype=torch.float64)
     for name, value in update.metrics.items():
         reals[METRIC + name] = torch.tensor(value, dtype=torch.float64)
-    return {
-        name: _quantise(name, value, grid, len(cohort)) for name, value in reals.items()
-    }
+    return {name: _quantise(name, value, grid, len(cohort)) for name, value in reals.items()}
 
 
 def total(replies: Iterable[Reply], grid: Grid, cohort: Cohort) -> Aggregate:
@@ -150,9 +144,7 @@ def check_alike(expected: Weights, reply: Reply) -> None:
     """Raises WireError unless a reply has exactly the expected names, shapes and dtypes."""
     if set(reply.words) != set(expected):
         extra = sorted(set(reply.words) ^ set(expected))[:3]
-        raise WireError(
-            f"{reply.client} answered with other tensor names: {extra}; not summed"
-        )
+        raise WireError(f"{reply.client} answered with other tensor names: {extra}; not summed")
     for name, value in reply.words.items():
         if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
             raise WireError(
@@ -254,28 +246,18 @@ def _grid(document: Mapping[str, Any]) -> Grid:
 def _frame(header: Mapping[str, Any], tensors: Weights) -> bytes:
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     if len(text) > MAX_HEADER_BYTES:
-        raise WireError(
-            f"header of {len(text)} bytes, at most {MAX_HEADER_BYTES} are allowed"
-        )
+        raise WireError(f"header of {len(text)} bytes, at most {MAX_HEADER_BYTES} are allowed")
     for name, value in tensors.items():
         if value.dim() > MAX_DIMENSIONS:
-            raise WireError(
-                f"{name} has {value.dim()} dimensions, at most {MAX_DIMENSIONS}"
-            )
-    body = safetensors.torch.save(
-        {name: value.contiguous() for name, value in tensors.items()}
-    )
+            raise WireError(f"{name} has {value.dim()} dimensions, at most {MAX_DIMENSIONS}")
+    body = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
     prefix = MAGIC + str(VERSION).encode() + struct.pack("<I", len(text))
     return b"".join((prefix, text, body))
 
 
-def _unframe(
-    message: bytes, kind: str, max_bytes: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _unframe(message: bytes, kind: str, max_bytes: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if len(message) > max_bytes + MAX_HEADER_BYTES + 8:
-        raise WireError(
-            f"message of {len(message)} bytes, at most {max_bytes} are allowed"
-        )
+        raise WireError(f"message of {len(message)} bytes, at most {max_bytes} are allowed")
     if len(message) < 8 or message[:3] != MAGIC:
         raise WireError("these bytes are not a fedkola message; drop them")
     if message[3:4] != str(VERSION).encode():
@@ -289,25 +271,17 @@ def _unframe(
         header = json.loads(message[8 : 8 + length])
         tensors = safetensors.torch.load(message[8 + length :])
     except (ValueError, RecursionError, SafetensorError, KeyError) as error:
-        raise WireError(
-            f"message cannot be decoded ({type(error).__name__}); drop it"
-        ) from error
+        raise WireError(f"message cannot be decoded ({type(error).__name__}); drop it") from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise WireError(f"expected a {kind}, got another message; drop it")
-    if len(tensors) > MAX_TENSORS or any(
-        t.dim() > MAX_DIMENSIONS for t in tensors.values()
-    ):
-        raise WireError(
-            f"more than {MAX_TENSORS} tensors or {MAX_DIMENSIONS} dimensions; drop it"
-        )
+    if len(tensors) > MAX_TENSORS or any(t.dim() > MAX_DIMENSIONS for t in tensors.values()):
+        raise WireError(f"more than {MAX_TENSORS} tensors or {MAX_DIMENSIONS} dimensions; drop it")
     return header, tensors
 
 
 def _fraction(grid: Grid, name: str) -> int:
     if name not in grid.scale:
-        raise WireError(
-            f"the grid lists no scale for {name!r}; it lists {sorted(grid.scale)[:5]}"
-        )
+        raise WireError(f"the grid lists no scale for {name!r}; it lists {sorted(grid.scale)[:5]}")
     return grid.scale[name]
 
 
@@ -316,19 +290,13 @@ def _quantise(name: str, value: Tensor, grid: Grid, cohort: int) -> Tensor:
     fraction = _fraction(grid, name)
     if value.is_floating_point():
         if not bool(torch.isfinite(value).all()):
-            raise NotFinite(
-                f"{name} holds NaN or infinity; the addend stays at its site"
-            )
+            raise NotFinite(f"{name} holds NaN or infinity; the addend stays at its site")
         scaled = torch.round(value.to(torch.float64) * 2.0**fraction)
         # Compared before the cast: a float beyond the word would wrap without a trace.
-        _check_limit(
-            name, float(scaled.abs().max()) if scaled.numel() else 0.0, limit, cohort
-        )
+        _check_limit(name, float(scaled.abs().max()) if scaled.numel() else 0.0, limit, cohort)
         return scaled.to(_WORDS[grid.word])
     if fraction:
-        raise WireError(
-            f"{name} is an integer tensor, its scale must be 0 and is {fraction}"
-        )
+        raise WireError(f"{name} is an integer tensor, its scale must be 0 and is {fraction}")
     low, high = (value.min(), value.max()) if value.numel() else (0, 0)
     _check_limit(name, max(-int(low), int(high)), limit, cohort)
     return value.to(_WORDS[grid.word])
@@ -348,9 +316,7 @@ def _to_document(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": place}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            f.name: _to_document(
-                getattr(value, f.name), f"{place}.{f.name}".lstrip("."), tensors
-            )
+            f.name: _to_document(getattr(value, f.name), f"{place}.{f.name}".lstrip("."), tensors)
             for f in dataclasses.fields(value)
         }
     if isinstance(value, Enum):
@@ -373,22 +339,15 @@ def _from_document(kind: Any, document: Any, tensors: Weights) -> Any:
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         fields = [f.name for f in dataclasses.fields(kind)]
-        values = {
-            name: _from_document(hints[name], document[name], tensors)
-            for name in fields
-        }
+        values = {name: _from_document(hints[name], document[name], tensors) for name in fields}
         return cast(Any, kind)(**values)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(document)
     if origin in (typing.Union, types.UnionType):
         if document is None:
             return None
-        options = [
-            option for option in typing.get_args(kind) if option is not type(None)
-        ]
-        structured = [
-            o for o in options if dataclasses.is_dataclass(o) or typing.get_origin(o)
-        ]
+        options = [option for option in typing.get_args(kind) if option is not type(None)]
+        structured = [o for o in options if dataclasses.is_dataclass(o) or typing.get_origin(o)]
         if structured and isinstance(document, dict | list):
             return _from_document(structured[0], document, tensors)
         return document
@@ -397,12 +356,10 @@ def _from_document(kind: Any, document: Any, tensors: Weights) -> Any:
         if len(inner) == 2 and inner[1] is Ellipsis:
             return tuple(_from_document(inner[0], item, tensors) for item in document)
         return tuple(
-            _from_document(i, item, tensors)
-            for i, item in zip(inner, document, strict=True)
+            _from_document(i, item, tensors) for i, item in zip(inner, document, strict=True)
         )
-    if origin is not None and issubclass(origin, Mapping):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         return {
-            k: _from_document(typing.get_args(kind)[1], v, tensors)
-            for k, v in document.items()
+            k: _from_document(typing.get_args(kind)[1], v, tensors) for k, v in document.items()
         }
     return document

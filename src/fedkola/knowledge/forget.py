@@ -2,10 +2,9 @@
 
 | class | cells | what is done | what is equal afterwards |
 |---|---|---|---|
-| E0 | analytic, router | the stored embeddings are summed and subtracted | all integers, bit for bit |
+| E0 | analytic, router | stored embeddings are summed and subtracted | all integers, bit for bit |
 | E1 | one-shot LoRA, a whole site | the stored addend is subtracted | all integers, bit for bit |
-| E2 | one-shot LoRA, a patient or record | the addend is retrained without it, same seed | bits on the
-  same hardware, thread count and versions; elsewhere the distribution |
+| E2 | one-shot LoRA, a patient or record | retrained without it, same seed | bits on one machine |
 
 Equality is to the bank that never had the data, given the recorded opening decisions.
 """
@@ -21,6 +20,9 @@ from typing import Any
 from fedkola.errors import UnknownCell
 from fedkola.knowledge import journal
 from fedkola.knowledge.bank import CellKind
+
+NEXT = ".next"
+"""Suffix of a LoRA receipt that becomes the receipt when its removal is settled."""
 
 NOT_COVERED = (
     "the pre-trained base model",
@@ -132,6 +134,11 @@ def settle(store: Path, request: Request) -> None:
         chosen = {}
     for records in chosen.values():
         journal.delete(store, records=records)
+    for receipt in (store / "receipts").glob("*"):
+        if request.kind == "site":
+            receipt.unlink()
+        elif receipt.suffix == NEXT:
+            receipt.replace(receipt.with_suffix(".safetensors"))
     _write(store / "removals.json", {**_read(store), request.id: _entry(request, settled=True)})
 
 

@@ -329,14 +329,14 @@ def test_a_cap_is_noticed(tmp_path, test_file):
     assert stream.notices[0] == "task.per_label = 5 leaves out 15 training and 0 test records"
 
 
-def test_unlabelled_text_needs_no_label_column(tmp_path):
+def test_unlabelled_text_needs_no_label_column_and_stands_under_its_scope(tmp_path):
     rows = [{"text": f"once upon a time {i}"} for i in range(40)]
 
     stream = load(save(tmp_path / "tales.jsonl", rows), unlabelled=True, sites=3, windows=2)
 
     assert size(stream) + len(stream.test) == 40
-    assert stream.catalogue.labels == ()
-    assert {label for own in stream.sites.values() for label in own.labels} == {""}
+    assert stream.catalogue.codes() == ("tales",)
+    assert {label for own in stream.sites.values() for label in own.labels} == {"tales"}
     assert stream.about["site-1"]["scopes"] == ("tales",)
     assert set(stream.test.windows) == {1}
 

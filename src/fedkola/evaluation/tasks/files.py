@@ -209,7 +209,8 @@ def _usable(
             Row(
                 record=admitted.records[k],
                 text=admitted.texts[k],
-                label=admitted.labels[k],
+                # Text of a language model stands under its scope, the only label there is.
+                label=scope if task.unlabelled else admitted.labels[k],
                 # Without a person to withdraw, a record is withdrawn by itself.
                 patient=patient or admitted.records[k],
                 scope=scope,
@@ -279,8 +280,6 @@ def _test(
 
 
 def _catalogue(train: Sequence[Row], task: Task, name: str, found: Findings) -> Catalogue:
-    if task.unlabelled:
-        return Catalogue(system=name, levels=(LEVEL,), labels=())
     scopes: dict[str, str] = {}
     for row in train:
         if scopes.setdefault(row.label, row.scope) != row.scope:

@@ -1,0 +1,32 @@
+"""One file, one paper. ``ALGORITHMS`` is a closed table: a server's name for it chooses code."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedkola.algorithms.fedit import FedIT
+from fedkola.algorithms.fedkola import FedKoLa
+from fedkola.algorithms.joint import Joint
+from fedkola.algorithms.local import Local
+from fedkola.errors import UnknownName
+from fedkola.types import Algorithm, Spec
+
+ALGORITHMS: Mapping[str, type[Any]] = {
+    "fedkola": FedKoLa,
+    "fedit": FedIT,
+    "local": Local,
+    "joint": Joint,
+}
+
+
+def rebuild(spec: Spec) -> Algorithm[Any]:
+    """The client half that a broadcast names; raises UnknownName for anything not in the table."""
+    classes = {cls.__name__: cls for cls in ALGORITHMS.values()}
+    name = str(spec.get("name"))
+    if name not in classes:
+        raise UnknownName(f"no algorithm {name!r}; this site knows {sorted(classes)}")
+    values = {key: value for key, value in spec.items() if key != "name"}
+    try:
+        algorithm: Algorithm[Any] = classes[name](**values)
+    except TypeError as error:
+        raise UnknownName(f"{name} does not take these hyper-parameters: {error}") from error
+    return algorithm

@@ -1,0 +1,47 @@
+"""How an algorithm asks: one broadcast from its name, its hyper-parameters and a few tensors."""
+
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from typing import Any, ClassVar, Protocol
+
+from fedkola.types import Broadcast, Grid, Scalar, Spec, Weights
+from fedkola.wire import METRIC, WEIGHT
+
+LOCAL = {"wire": False}
+"""Metadata of a field that stays at the server: not a hyper-parameter, never broadcast."""
+
+
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+
+def ask(
+    algorithm: _Dataclass,
+    step: str,
+    number: int,
+    tensors: Weights,
+    *,
+    scale: Mapping[str, int],
+    word: int = 32,
+    metrics: Mapping[str, int] | None = None,
+) -> Broadcast:
+    """One question. ``scale`` lists the fractional bits of every tensor of the answer.
+
+    ``metrics`` likewise; the weight is a whole number. ``word`` is 16, 32 or 64.
+    """
+    listed = {METRIC + name: bits for name, bits in (metrics or {}).items()}
+    grid = Grid(word=_word(word), bits=word, scale={WEIGHT: 0, **scale, **listed})
+    return Broadcast(round=number, step=step, tensors=tensors, grid=grid, algorithm=spec(algorithm))
+
+
+def spec(algorithm: _Dataclass) -> Spec:
+    """Class name and hyper-parameters: all that a site needs to rebuild the client half."""
+    values: dict[str, Scalar] = {"name": type(algorithm).__name__}
+    for f in fields(algorithm):
+        if f.metadata.get("wire", True):
+            values[f.name] = getattr(algorithm, f.name)
+    return values
+
+
+def _word(word: int) -> Any:
+    return word

@@ -1,0 +1,79 @@
+"""FedIT: federated averaging of LoRA factors and head (Zhang et al., ICASSP 2024; McMahan 2017).
+
+server:  A <- sum_k p_k A_k,   B <- sum_k p_k B_k,   head <- sum_k p_k head_k,   p_k = n_k / n
+client:  (A_k, B_k, head_k) = fit(A, B, head; records that arrived)
+
+The mean of factors is not the mean of products: sum p B_k A_k - B A = sum p (B_k - B)(A_k - A).
+Use it for knowledge that is alike at all sites and still; it has one adapter for everything.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+
+from fedkola.algorithms.ask import LOCAL, ask
+from fedkola.knowledge import journal
+from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
+from fedkola.wire import mean
+
+SCOPE = "fedit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """LoRA factors of every layer and the head over all labels of the reported level."""
+
+    weights: Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedIT:
+    needs: ClassVar[Visibility] = Visibility.SUM
+    epochs: float
+    batch: int
+    lr: float
+    level: int
+    exchanges: int = field(metadata=LOCAL, default=1)
+
+    def start(self, weights: Weights) -> State:
+        return State(weights=weights)
+
+    def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
+        """``exchanges`` times: everyone trains on its new records, the changes are averaged."""
+        scale = dict.fromkeys(state.weights, 20)
+        for exchange in range(self.exchanges):
+            asked = ask(self, "train", number, dict(state.weights), word=64, scale=scale)
+            step = mean(clients.sum(cohort, replace(asked, seed=exchange)))
+            state = State(weights={name: old + step[name] for name, old in state.weights.items()})
+        return state
+
+    def steps(self) -> Steps:
+        return {"train": self.train}
+
+    def train(self, client: Client, asked: Broadcast) -> Update:
+        """The weighted change of all weights after local training on records not used before."""
+        data = journal.pending(client.store, client.knowledge.until(asked.round), round=asked.round)
+        trained = client.fit(
+            asked.tensors,
+            data,
+            steps=math.ceil(self.epochs * len(data) / self.batch),
+            batch=self.batch,
+            lr=self.lr,
+            seed=asked.seed,
+            classes=client.catalogue.nodes(self.level),
+        )
+        journal.write(
+            client.store,
+            journal.Entry(
+                round=asked.round,
+                scope=SCOPE,
+                records=data.records,
+                patients=data.patients,
+                labels=data.labels,
+                z=torch.zeros(len(data), 0, dtype=torch.int16),
+            ),
+        )
+        changes = {name: len(data) * (trained[name] - old) for name, old in asked.tensors.items()}
+        return Update(client=client.name, tensors=changes, weight=len(data))

@@ -1,0 +1,691 @@
+"""FedKoLa: an additive, deletable, versioned bank of knowledge, learnt from sums alone.
+
+server:  votes  <- sum of { holders, records, label counts }            what do you see?
+         cell   <- sum of addends, for every scope that enough sites hold      fill
+         view   <- pure function of live cells; calibration <- sum      publish
+         cell   <- cell + sum of (new - old addend)                     remove
+client:  analytic addend (G, s, n), router addend (sum z z', sum z, n) of new records;
+         LoRA addend (B Gamma, Gamma, n) of a B trained from 0 in the module's pinned slot
+
+Use it when knowledge arrives over time, differs between sites, and must be removable: every
+long-lived number is an integer sum, so add, merge, replay, late arrival and removal are one
+operation. Every site answers every open cell, with zeros where it has nothing, so who contributed
+stays hidden from whoever sees only sums. Sources: the module store of HPFL (Shen et al., ICLR
+2025), analytic federated learning (He et al., AFL, CVPR 2025), Gram merge (LoRM, ICLR 2025).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedkola import wire
+from fedkola.algorithms.ask import LOCAL, ask
+from fedkola.errors import CohortTooSmall, ForgetIncomplete, KnowledgeError
+from fedkola.knowledge import bank as banks
+from fedkola.knowledge import basis, forget, journal, router, statistics, views
+from fedkola.knowledge.bank import Bank, Cell, CellKind, KnowledgeCell
+from fedkola.knowledge.views import Rule, View
+from fedkola.types import (
+    Aggregate,
+    Broadcast,
+    Catalogue,
+    Client,
+    Clients,
+    Cohort,
+    Dataset,
+    Event,
+    Scalar,
+    Steps,
+    Update,
+    Visibility,
+    Weights,
+)
+
+TEMPERATURES = tuple(0.01 * 10 ** (k / 8) for k in range(20))
+UNKNOWN_BINS = 512
+UNKNOWN_RANGE = (-4.0, 12.0)  # of the relative distance, in multiples of the width
+CALIBRATION_RECORDS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """From sums over shortened records: softmax temperature, and what counts as never seen.
+
+    ``unknown`` is the relative distance that 5 % of the sites' own records exceed.
+    """
+
+    temperature: float = 1.0
+    unknown: float = float("1e30")
+    records: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """The bank, its calibration, and the scopes that wait for enough sites: scope -> records."""
+
+    bank: Bank = field(default_factory=Bank)
+    calibration: Calibration = field(default_factory=Calibration)
+    parked: Mapping[str, int] = field(default_factory=dict)
+    number: int = 0
+
+    @property
+    def weights(self) -> Weights:
+        return {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """One cell to fill: scope and label positions in the catalogue, and its place in the bank."""
+
+    scope: str
+    module: str
+    kind: CellKind
+    slot: int
+    labels: tuple[int, ...]
+    records: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedKoLa:
+    needs: ClassVar[Visibility] = Visibility.SUM
+    lanes: str
+    width: int
+    features: int
+    bits: int
+    feature_seed: int
+    rank: int
+    scale: float
+    basis_seed: int
+    merge: str
+    lora_records: int
+    lora_steps: int
+    batch: int
+    lr: float
+    clip: float
+    fraction: int
+    level: int
+    # The server's own: opening rules and the public label list.
+    k_min: int = field(metadata=LOCAL, default=3)
+    label_floor: int = field(metadata=LOCAL, default=16)
+    public_reference: bool = field(metadata=LOCAL, default=False)
+    slots_max: int = field(metadata=LOCAL, default=48)
+    rule: Rule = field(metadata=LOCAL, default_factory=Rule)
+    catalogue: Catalogue | None = field(metadata=LOCAL, default=None)
+    targets: Mapping[str, tuple[int, int]] = field(metadata=LOCAL, default_factory=dict)
+
+    # --- server half ------------------------------------------------------------------------------
+
+    def start(self, weights: Weights) -> State:
+        return State()
+
+    def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
+        """Vote, fill what enough sites hold, publish. Sites that vanish mid-way are left out."""
+        after, survivors = self._vote_and_fill(number, state, cohort, clients)
+        while survivors != cohort:
+            cohort = survivors
+            after, survivors = self._vote_and_fill(number, state, cohort, clients)
+        return self.calibrate(after, cohort, clients)
+
+    def openings(self, votes: Aggregate, bank: Bank) -> tuple[tuple[Opening, ...], dict[str, int]]:
+        """Cells to fill and scopes to park (scope -> records): a pure function of sums.
+
+        A scope opens at k_min holders. Unless the data is declared public, each label row needs
+        k_min holders and ``label_floor`` records, and the cell the records floor of its kind.
+        """
+        labels, scopes = self._catalogue().labels, self._catalogue().scopes()
+        holders, records = votes.words["holders"].tolist(), votes.words["records"].tolist()
+        row_holders = votes.words["label_holders"].tolist()
+        row_records = votes.words["label_records"].tolist()
+        rows: dict[str, list[int]] = {scope: [] for scope in scopes}
+        for i, label in enumerate(labels):
+            enough = row_holders[i] >= self.k_min and row_records[i] >= self.label_floor
+            if row_records[i] > 0 and (self.public_reference or enough):
+                rows[label.scope].append(i)
+        opened: list[Opening] = []
+        parked: dict[str, int] = {}
+        modules = {module.scope: module for module in bank.modules}
+        for index, scope in enumerate(scopes):
+            if records[index] == 0:
+                continue
+            total = sum(row_records[i] for i in rows[scope])
+            floor = 1 if self.public_reference else self._floor()
+            if holders[index] < self.k_min or total < floor:
+                parked[scope] = records[index]
+                continue
+            if records[index] > total:
+                parked[scope] = records[index] - total
+            module = modules.get(scope)
+            opened += [
+                Opening(
+                    scope=scope,
+                    module=module.id if module else f"{scope}@1",
+                    kind=kind,
+                    slot=module.slot if module else -1,
+                    labels=tuple(rows[scope]),
+                    records=total,
+                )
+                for kind in self.kinds()
+            ]
+        return tuple(opened), parked
+
+    def calibrate(self, state: State, cohort: Cohort, clients: Clients) -> State:
+        """Publish the view; sites answer how well it scores their shortened records, as sums."""
+        if "analytic" not in self.lanes or not state.bank.cells:
+            return state
+        document, tensors = views.to_tensors(self.view(state))
+        about = torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
+        asked = ask(
+            self,
+            "publish",
+            state.number,
+            {**tensors, "about": about},
+            word=64,
+            scale={"likelihood": 20, "unknown": 0},
+        )
+        answer = clients.sum(cohort, asked)
+        likelihood, histogram = answer.words["likelihood"], answer.words["unknown"]
+        records = int(answer.words[wire.WEIGHT])
+        if not records:
+            return state
+        low, high = UNKNOWN_RANGE
+        exceeded = histogram.flip(0).cumsum(0).flip(0) > 0.05 * int(histogram.sum())
+        edge = (int(exceeded.sum()) / UNKNOWN_BINS) * (high - low) + low
+        calibration = Calibration(
+            temperature=TEMPERATURES[int(likelihood.argmax())],
+            unknown=edge * self.width,
+            records=records,
+        )
+        return replace(state, calibration=calibration)
+
+    def remove(
+        self, state: State, cells: Sequence[str], request: str, cohort: Cohort, clients: Clients
+    ) -> tuple[State, tuple[Cell, ...], int]:
+        """Subtract what sites have been asked to forget from these cells.
+
+        Returns the new state, the cells as they were, and the number of records removed. Raises
+        ForgetIncomplete if a site of the cohort does not answer or a count would fall below zero.
+        """
+        bank, before, removed = state.bank, [], 0
+        for name in cells:
+            cell = banks.find(bank, name)
+            asked = self._about_cell("remove", cell.about, request=request)
+            delta = clients.sum(cohort, asked)
+            if delta.cohort != cohort:
+                raise ForgetIncomplete(
+                    f"{sorted(set(cohort) - set(delta.cohort))} did not answer the removal from "
+                    f"cell {name}; nothing was changed, ask again when they are back"
+                )
+            total = wire.add(cell.total, replace(delta, grid=cell.total.grid))
+            counts = total.words.get(statistics.COUNTS, total.words[wire.WEIGHT])
+            if int(counts.min()) < 0:
+                raise ForgetIncomplete(
+                    f"cell {name} would hold a negative count; a journal does not match its "
+                    "contribution, nothing was changed"
+                )
+            before.append(cell)
+            if cell.about.kind is self.kinds()[0]:
+                removed += int(cell.total.words[wire.WEIGHT] - total.words[wire.WEIGHT])
+            bank = banks.withdraw(
+                bank,
+                name,
+                total,
+                records=int(total.words[wire.WEIGHT]),
+                contributors=int(total.words[wire.METRIC + "contributors"]),
+            )
+        return replace(state, bank=bank), tuple(before), removed
+
+    def recount(
+        self, state: State, cells: Sequence[str], request: str, cohort: Cohort, clients: Clients
+    ) -> bool:
+        """Whether the journals of these sites, summed again, give the cells' exact integers."""
+        live = {cell.about.id: cell for cell in state.bank.cells}
+        for name in cells:
+            if name in live:
+                about = live[name].about
+                asked = self._about_cell("recount", about, request=request)
+                again = clients.sum(cohort, asked)
+                if banks.content(about.labels, again) != about.words:
+                    return False
+        return True
+
+    def view(
+        self,
+        state: State,
+        *,
+        valid_at: float | None = None,
+        known_at: int | None = None,
+        held: Sequence[str] | None = None,
+    ) -> View:
+        """The model the bank stands for, as of a world time and a knowledge time."""
+        return views.compute(
+            state.bank,
+            self._catalogue(),
+            self.rule,
+            now=state.number,
+            targets=self.targets,
+            valid_at=valid_at,
+            known_at=known_at,
+            held=held,
+        )
+
+    def events(self, before: State, after: State) -> tuple[Event, ...]:
+        """What the ledger records of one round: the difference of two banks, and what waits."""
+        parked = tuple(
+            {"kind": "PARK", "subject": scope, "body": {"records": records}}
+            for scope, records in after.parked.items()
+            if before.parked.get(scope) != records
+        )
+        return banks.events(before.bank, after.bank) + parked
+
+    def kinds(self) -> tuple[CellKind, ...]:
+        return tuple(kind for kind in CellKind if kind.value in self.lanes.split(","))
+
+    # --- client half ------------------------------------------------------------------------------
+
+    def steps(self) -> Steps:
+        return {
+            "vote": self.vote,
+            "fill": self.fill,
+            "publish": self.publish,
+            "remove": self.subtract,
+            "recount": self.again,
+        }
+
+    def vote(self, client: Client, asked: Broadcast) -> Update:
+        """Holders and records by scope and by label, of what has arrived and is not summed yet."""
+        data = journal.pending(client.store, client.knowledge.until(asked.round), round=asked.round)
+        labels, scopes = client.catalogue.labels, client.catalogue.scopes()
+        position = {label.code: i for i, label in enumerate(labels)}
+        place = {scope: i for i, scope in enumerate(scopes)}
+        rows = torch.zeros(len(labels), dtype=torch.int64)
+        for code in data.labels:
+            rows[position[code]] += 1
+        owner = torch.tensor([place[label.scope] for label in labels])
+        records = torch.zeros(len(scopes), dtype=torch.int64).index_add_(0, owner, rows)
+        return Update(
+            client=client.name,
+            weight=len(data),
+            tensors={
+                "holders": (records > 0).to(torch.int64),
+                "records": records,
+                "label_holders": (rows > 0).to(torch.int64),
+                "label_records": rows,
+            },
+        )
+
+    def fill(self, client: Client, asked: Broadcast) -> Update:
+        """Embed or train on the new records of one scope, journal them, and answer the addend."""
+        scope, _, _ = _cell(asked, client.catalogue)
+        codes = self._codes(client, asked)
+        data = journal.pending(client.store, client.knowledge.until(asked.round), round=asked.round)
+        wanted = set(codes)
+        mine = data.take([i for i, code in enumerate(data.labels) if code in wanted])
+        entry = None
+        if len(mine):
+            entry = journal.Entry(
+                round=asked.round,
+                scope=scope,
+                records=mine.records,
+                patients=mine.patients,
+                labels=mine.labels,
+                z=client.features(mine),
+            )
+            journal.write(client.store, entry)
+        update = self._addend(client, asked, entry)
+        self._keep_receipt(client, asked, update)
+        return update
+
+    def publish(self, client: Client, asked: Broadcast) -> Update:
+        """Score shortened records of the journal under the view that was just published.
+
+        Half of the words of each record are dropped, as a clinician's wording is shorter than,
+        and different from, the official one; the full texts were trained on.
+        """
+        tensors = dict(asked.tensors)
+        document = json.loads(bytes(tensors.pop("about").numpy()))
+        view = views.from_tensors(document, tensors)
+        data = self._shortened(client, asked)
+        likelihood = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+        histogram = torch.zeros(UNKNOWN_BINS, dtype=torch.int64)
+        counted = 0
+        if len(data) and view.head:
+            z = client.features(data)
+            path = {label.code: label.path[self.level] for label in client.catalogue.labels}
+            place = {node: i for i, node in enumerate(view.head.nodes[self.level])}
+            rows = [i for i, code in enumerate(data.labels) if path[code] in place]
+            truth = torch.tensor([place[path[data.labels[i]]] for i in rows], dtype=torch.int64)
+            scores = views.scores(view.head, z[torch.tensor(rows, dtype=torch.int64)], self.level)
+            for k, temperature in enumerate(TEMPERATURES):
+                chosen = torch.log_softmax(scores / temperature, 1)[torch.arange(len(rows)), truth]
+                likelihood[k] = chosen.clamp(min=-50).sum()
+            counted = len(rows)
+            if view.router:
+                low, high = UNKNOWN_RANGE
+                share = (router.unknown(view.router, z) / self.width - low) / (high - low)
+                bins = (share * UNKNOWN_BINS).floor().clamp(0, UNKNOWN_BINS - 1).to(torch.int64)
+                histogram = torch.bincount(bins, minlength=UNKNOWN_BINS)
+        return Update(
+            client=client.name,
+            weight=counted,
+            tensors={"likelihood": likelihood, "unknown": histogram},
+        )
+
+    def subtract(self, client: Client, asked: Broadcast) -> Update:
+        """New minus old addend of one cell; zeros where nothing is to be forgotten."""
+        entry = self._entry(client, asked)
+        gone = self._removed(client, asked)
+        if entry is None or not gone:
+            return self._addend(client, asked, None)
+        rest = journal.keep(entry, without=gone)
+        if _cell(asked, client.catalogue)[1] is CellKind.LORA:
+            old = load_file(_receipt(client, asked))
+            new = self._words(client, asked, self._addend(client, asked, rest))
+            save_file(new, _receipt(client, asked).with_suffix(forget.NEXT))
+            return _integer_update(client, {name: new[name] - old[name] for name in old})
+        lost = self._addend(client, asked, journal.only(entry, records=gone))
+        negative = {name: -value for name, value in lost.tensors.items()}
+        metrics = {"contributors": 0.0 if len(rest) else -1.0}
+        return Update(client=client.name, weight=-lost.weight, tensors=negative, metrics=metrics)
+
+    def again(self, client: Client, asked: Broadcast) -> Update:
+        """The addend of one cell once more, from the journal (or the receipt of a LoRA cell)."""
+        entry = self._entry(client, asked)
+        gone = self._removed(client, asked)
+        rest = journal.keep(entry, without=gone) if entry and gone else entry
+        if rest is not None and len(rest) == 0:
+            rest = None
+        if _cell(asked, client.catalogue)[1] is CellKind.LORA:
+            if rest is entry and entry is not None:
+                return _integer_update(client, load_file(_receipt(client, asked)))
+            words = self._words(client, asked, self._addend(client, asked, rest))
+            return _integer_update(client, words)
+        return self._addend(client, asked, rest)
+
+    # --- private, server --------------------------------------------------------------------------
+
+    def _catalogue(self) -> Catalogue:
+        if self.catalogue is None:
+            raise KnowledgeError("the server half needs the task's catalogue of labels")
+        return self.catalogue
+
+    def _floor(self) -> int:
+        floors = {
+            CellKind.ANALYTIC: max(4 * self.features, self.features**2 // (2 * self.width)),
+            CellKind.ROUTER: 1,
+            CellKind.LORA: 16 * self.rank,
+        }
+        return max(floors[kind] for kind in self.kinds())
+
+    def _ask_vote(self, number: int) -> Broadcast:
+        counts = ("holders", "records", "label_holders", "label_records")
+        return ask(self, "vote", number, {}, scale=dict.fromkeys(counts, 0))
+
+    def _vote_and_fill(
+        self, number: int, state: State, cohort: Cohort, clients: Clients
+    ) -> tuple[State, Cohort]:
+        """The state after one vote and its fills, and the sites that answered all of them.
+
+        If a voter misses a fill, no sum of this vote is kept: the round votes again without it,
+        so no cell is opened with fewer contributors than were counted.
+        """
+        votes = clients.sum(cohort, self._ask_vote(number))
+        if len(votes.cohort) < self.k_min:
+            raise CohortTooSmall(
+                f"{len(votes.cohort)} sites voted, {self.k_min} are needed for any sum to be "
+                "opened; wait for more sites or lower knowledge.k_min"
+            )
+        if votes.cohort != cohort:
+            return state, votes.cohort
+        opened, parked = self.openings(votes, state.bank)
+        scopes = tuple(dict.fromkeys(opening.scope for opening in opened))
+        bank = banks.open_modules(state.bank, scopes, round=number, slots_max=self.slots_max)
+        slots = {module.id: module.slot for module in bank.modules}
+        for opening in opened:
+            about = self._describe(number, replace(opening, slot=slots[opening.module]), cohort)
+            total = clients.sum(cohort, self._about_cell("fill", about))
+            if total.cohort != cohort:
+                return state, total.cohort
+            bank = banks.seal(
+                bank,
+                replace(
+                    about,
+                    contributors=int(total.words[wire.METRIC + "contributors"]),
+                    records=int(total.words[wire.WEIGHT]),
+                ),
+                total,
+            )
+        return replace(state, bank=bank, parked=parked, number=number), cohort
+
+    def _describe(self, number: int, opening: Opening, cohort: Cohort) -> KnowledgeCell:
+        recipe: dict[str, Scalar] = {}
+        if opening.kind is CellKind.ANALYTIC:
+            recipe = {"features": self.features, "bits": self.bits, "seed": self.feature_seed}
+        elif opening.kind is CellKind.LORA:
+            recipe = {
+                "rank": self.rank,
+                "scale": self.scale,
+                "basis_seed": self.basis_seed,
+                "merge": self.merge,
+                "records": self.lora_records,
+                "steps": self.lora_steps,
+                "batch": self.batch,
+                "lr": self.lr,
+                "clip": self.clip,
+                "fraction": self.fraction,
+            }
+        slot = opening.slot if opening.kind is CellKind.LORA else None
+        labels = self._catalogue().labels
+        return KnowledgeCell(
+            id=banks.cell_id(
+                module=opening.module, kind=opening.kind, round=number, slot=slot, recipe=recipe
+            ),
+            module=opening.module,
+            kind=opening.kind,
+            round=number,
+            valid=(float(number), None),
+            slot=slot,
+            recipe=recipe,
+            labels=tuple(labels[i].code for i in opening.labels),
+            cohort=cohort,
+            contributors=0,
+            records=opening.records,
+            words="",
+        )
+
+    def _about_cell(self, step: str, about: KnowledgeCell, *, request: str = "") -> Broadcast:
+        """Ask for one cell; under a removal ``request`` answers are integers on its grid."""
+        position = {label.code: i for i, label in enumerate(self._catalogue().labels)}
+        scope = self._catalogue().scopes().index(about.module.rsplit("@", 1)[0])
+        kind = tuple(CellKind).index(about.kind)
+        cell = [scope, kind, -1 if about.slot is None else about.slot]
+        if about.kind is CellKind.LORA:
+            factors = ("lora_B", "gram") if self.merge == "gram" else ("lora_B",)
+            names = [f"{layer}.{factor}" for layer in self.targets for factor in factors]
+            scale = dict.fromkeys(names, 0 if request else self.fraction)
+            word = 32
+        else:
+            scale = dict.fromkeys((statistics.GRAM, statistics.SUMS, statistics.COUNTS), 0)
+            word = 32 if about.kind is CellKind.ANALYTIC else 64
+        tensors = {
+            "cell": torch.tensor(cell, dtype=torch.int64),
+            "labels": torch.tensor([position[c] for c in about.labels], dtype=torch.int64),
+            # Two removals from one cell are two questions, so the outbox keeps them apart.
+            "request": torch.tensor(list(request.encode()), dtype=torch.uint8),
+        }
+        return ask(
+            self, step, about.round, tensors, word=word, scale=scale, metrics={"contributors": 0}
+        )
+
+    # --- private, client --------------------------------------------------------------------------
+
+    def _codes(self, client: Client, asked: Broadcast) -> tuple[str, ...]:
+        return tuple(client.catalogue.labels[i].code for i in asked.tensors["labels"].tolist())
+
+    def _entry(self, client: Client, asked: Broadcast) -> journal.Entry | None:
+        scope, _, _ = _cell(asked, client.catalogue)
+        return journal.read(client.store, asked.round, scope)
+
+    def _removed(self, client: Client, asked: Broadcast) -> frozenset[str]:
+        """Record ids of this cell that posted requests concern."""
+        scope, _, _ = _cell(asked, client.catalogue)
+        gone: set[str] = set()
+        for request in forget.posted(client.store):
+            gone |= forget.concerned(client.store, request).get((asked.round, scope), frozenset())
+        return frozenset(gone)
+
+    def _addend(self, client: Client, asked: Broadcast, entry: journal.Entry | None) -> Update:
+        """One site's contribution to one cell; zeros if there is no entry."""
+        _, kind, slot = _cell(asked, client.catalogue)
+        if entry is not None and len(entry) == 0:
+            entry = None
+        if kind is CellKind.LORA:
+            tensors = self._lora(client, asked, entry, slot)
+        else:
+            codes = self._codes(client, asked)
+            position = {code: i for i, code in enumerate(codes)}
+            z = entry.z if entry else torch.zeros(0, self.width, dtype=torch.int16)
+            labels = entry.labels if entry else ()
+            rows = torch.tensor([position[code] for code in labels], dtype=torch.int64)
+            tensors = (
+                statistics.analytic(
+                    z,
+                    rows,
+                    num_rows=len(codes),
+                    features=self.features,
+                    bits=self.bits,
+                    seed=self.feature_seed,
+                )
+                if kind is CellKind.ANALYTIC
+                else statistics.router(z, rows, num_rows=len(codes))
+            )
+        return Update(
+            client=client.name,
+            weight=len(entry) if entry else 0,
+            tensors=tensors,
+            metrics={"contributors": 1.0 if entry else 0.0},
+        )
+
+    def _lora(
+        self, client: Client, asked: Broadcast, entry: journal.Entry | None, slot: int
+    ) -> dict[str, Tensor]:
+        """(B Gamma, Gamma) by layer for a B trained from zero; the local head is thrown away."""
+        zeros: dict[str, Tensor] = {}
+        for layer, (d_out, _) in client.targets.items():
+            zeros[f"{layer}.lora_B"] = torch.zeros(d_out, self.rank)
+            if self.merge == "gram":
+                zeros[f"{layer}.gram"] = torch.zeros(self.rank, self.rank, dtype=torch.float64)
+        if entry is None:
+            return zeros
+        pinned = basis.slot(client.targets, index=slot, rank=self.rank, seed=self.basis_seed)
+        data = self._training_data(client, entry)
+        start = {name: value for name, value in zeros.items() if name.endswith(".lora_B")}
+        codes = tuple(dict.fromkeys(data.labels))
+        if len(codes) > 1:
+            start |= _prototypes(entry, codes)
+        steps = self.lora_steps or math.ceil(len(data) / self.batch)
+        trained = client.fit(
+            start,
+            data,
+            steps=steps,
+            batch=self.batch,
+            lr=self.lr,
+            seed=asked.seed,
+            classes=codes,
+            pinned=pinned,
+        )
+        factors = {name: trained[name].to(torch.float64) for name in zeros if name in trained}
+        if self.merge == "mean":
+            return {name: len(entry) * b for name, b in factors.items()}
+        grams = client.grams(trained, data, pinned=pinned)
+        addend: dict[str, Tensor] = {}
+        for layer in client.targets:
+            gram = grams[f"{layer}.gram"]
+            addend[f"{layer}.gram"] = gram
+            addend[f"{layer}.lora_B"] = factors[f"{layer}.lora_B"] @ gram
+        return addend
+
+    def _training_data(self, client: Client, entry: journal.Entry) -> Dataset:
+        """The entry's records with their texts, capped by a fixed order of record ids."""
+        whole = client.knowledge.until(entry.round)
+        row = {record: i for i, record in enumerate(whole.records)}
+        chosen = [row[record] for record in sorted(entry.records) if record in row]
+        if self.lora_records:
+            step = max(1, len(chosen) // self.lora_records)
+            chosen = chosen[::step][: self.lora_records]
+        return whole.take(chosen)
+
+    def _words(self, client: Client, asked: Broadcast, update: Update) -> dict[str, Tensor]:
+        """An addend on the cell's own grid."""
+        scale = {
+            name: self.fraction if name.endswith((".lora_B", ".gram")) else bits
+            for name, bits in asked.grid.scale.items()
+        }
+        return wire.words(update, replace(asked.grid, scale=scale), asked.cohort)
+
+    def _keep_receipt(self, client: Client, asked: Broadcast, update: Update) -> None:
+        if _cell(asked, client.catalogue)[1] is CellKind.LORA and update.weight:
+            path = _receipt(client, asked)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(".tmp")
+            save_file(self._words(client, asked, update), draft)
+            draft.replace(path)
+
+    def _shortened(self, client: Client, asked: Broadcast) -> Dataset:
+        entries = journal.entries(client.store)
+        ids = sorted(record for entry in entries for record in entry.records)
+        generator = torch.Generator().manual_seed(asked.seed % 2**63)
+        order = torch.randperm(len(ids), generator=generator)[:CALIBRATION_RECORDS]
+        chosen = {ids[int(i)] for i in order}
+        whole = client.knowledge.until(asked.round)
+        data = whole.take([i for i, record in enumerate(whole.records) if record in chosen])
+        return replace(data, texts=tuple(_shorten(text, generator) for text in data.texts))
+
+
+def _cell(asked: Broadcast, catalogue: Catalogue) -> tuple[str, CellKind, int]:
+    """Scope, kind and slot of the cell a broadcast is about."""
+    scope, kind, slot = asked.tensors["cell"].tolist()
+    return catalogue.scopes()[scope], tuple(CellKind)[kind], slot
+
+
+def _receipt(client: Client, asked: Broadcast) -> Path:
+    scope = int(asked.tensors["cell"][0])
+    return client.store / "receipts" / f"{asked.round:06d}-{scope}.safetensors"
+
+
+def _integer_update(client: Client, words: Mapping[str, Tensor]) -> Update:
+    tensors = {
+        name: value
+        for name, value in words.items()
+        if name != wire.WEIGHT and not name.startswith(wire.METRIC)
+    }
+    return Update(
+        client=client.name,
+        weight=float(words[wire.WEIGHT]),
+        tensors=tensors,
+        metrics={"contributors": float(words[wire.METRIC + "contributors"])},
+    )
+
+
+def _prototypes(entry: journal.Entry, codes: Sequence[str]) -> dict[str, Tensor]:
+    """A local head at the class means of the frozen embeddings."""
+    position = {code: i for i, code in enumerate(codes)}
+    kept = [i for i, code in enumerate(entry.labels) if code in position]
+    rows = torch.tensor([position[entry.labels[i]] for i in kept])
+    e = entry.z[kept].to(torch.float32) / 1024
+    sums = torch.zeros(len(codes), e.shape[1]).index_add_(0, rows, e)
+    means = torch.nn.functional.normalize(sums, dim=1)
+    return {"head.weight": means, "head.bias": torch.zeros(len(codes))}
+
+
+def _shorten(text: str, generator: torch.Generator) -> str:
+    words = text.split()
+    kept = max(1, math.ceil(len(words) / 2))
+    order = sorted(torch.randperm(len(words), generator=generator)[:kept].tolist())
+    return " ".join(words[i] for i in order)

@@ -1,0 +1,63 @@
+"""Joint training: one model trained on the union of all records, the ceiling of every table.
+
+server:  w <- fit(w; everything that has arrived)          one site holds the union
+client:  fit
+
+It is no federated method: it shows what would be reached if the records could be pooled. The
+cohort must be the one site that holds the union; an average over one site is that site's model.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedkola.algorithms.ask import ask
+from fedkola.errors import Incompatible
+from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
+from fedkola.wire import mean
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """LoRA factors of every layer and the head over all labels of the reported level."""
+
+    weights: Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    needs: ClassVar[Visibility] = Visibility.SUM
+    epochs: float
+    batch: int
+    lr: float
+    level: int
+
+    def start(self, weights: Weights) -> State:
+        return State(weights=weights)
+
+    def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
+        if len(cohort) != 1:
+            raise Incompatible(
+                f"joint training pools all records at one site, the cohort has {len(cohort)}"
+            )
+        scale = dict.fromkeys(state.weights, 30)
+        asked = ask(self, "train", number, dict(state.weights), word=64, scale=scale)
+        step = mean(clients.sum(cohort, asked))
+        return State(weights={name: old + step[name] for name, old in state.weights.items()})
+
+    def steps(self) -> Steps:
+        return {"train": self.train}
+
+    def train(self, client: Client, asked: Broadcast) -> Update:
+        data = client.knowledge.until(asked.round)
+        trained = client.fit(
+            asked.tensors,
+            data,
+            steps=math.ceil(self.epochs * len(data) / self.batch),
+            batch=self.batch,
+            lr=self.lr,
+            seed=asked.seed,
+            classes=client.catalogue.nodes(self.level),
+        )
+        changes = {name: trained[name] - old for name, old in asked.tensors.items()}
+        return Update(client=client.name, tensors=changes, weight=1)

@@ -1,0 +1,120 @@
+"""Local only: every site keeps its own read-out of its own records, nothing is shared.
+
+server:  model_k <- read-out(G_k, s_k, n_k)                 one model per site, never summed
+client:  (G_k, s_k, n_k) of everything that has arrived
+
+The floor of every table, with the same frozen features and the same read-out as FedKoLa. It asks
+``each`` so that the benchmark can score the models; a hospital that works alone sends nothing,
+and tables count its traffic as zero.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedkola.algorithms.ask import LOCAL, ask
+from fedkola.errors import KnowledgeError
+from fedkola.knowledge import bank as banks
+from fedkola.knowledge import statistics, views
+from fedkola.knowledge.bank import Bank, CellKind, KnowledgeCell
+from fedkola.knowledge.views import Rule, View
+from fedkola.types import (
+    Aggregate,
+    Broadcast,
+    Catalogue,
+    Client,
+    Clients,
+    Cohort,
+    Steps,
+    Update,
+    Visibility,
+    Weights,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """One bank per site, each of a single cell."""
+
+    sites: Mapping[str, Bank] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Weights:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    needs: ClassVar[Visibility] = Visibility.EACH
+    features: int
+    bits: int
+    feature_seed: int
+    rule: Rule = field(metadata=LOCAL, default_factory=Rule)
+    catalogue: Catalogue | None = field(metadata=LOCAL, default=None)
+
+    def start(self, weights: Weights) -> State:
+        return State()
+
+    def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
+        names = (statistics.GRAM, statistics.SUMS, statistics.COUNTS)
+        asked = ask(self, "own", number, {}, word=32, scale=dict.fromkeys(names, 0))
+        sites = dict(state.sites)
+        for update in clients.each(cohort, asked):
+            sites[update.client] = self._bank(number, update, asked)
+        return State(sites=sites)
+
+    def view(self, state: State, site: str) -> View:
+        """The model of one site; raises UnknownCell if it holds no records yet."""
+        return views.compute(state.sites[site], self._catalogue(), self.rule, now=0)
+
+    def steps(self) -> Steps:
+        return {"own": self.own}
+
+    def own(self, client: Client, asked: Broadcast) -> Update:
+        """The analytic statistics of all records that have arrived at this site."""
+        data = client.knowledge.until(asked.round)
+        position = {code: i for i, code in enumerate(client.catalogue.codes())}
+        addend = statistics.analytic(
+            client.features(data),
+            torch.tensor([position[code] for code in data.labels], dtype=torch.int64),
+            num_rows=len(position),
+            features=self.features,
+            bits=self.bits,
+            seed=self.feature_seed,
+        )
+        return Update(client=client.name, tensors=addend, weight=len(data))
+
+    def _bank(self, number: int, update: Update, asked: Broadcast) -> Bank:
+        labels = self._catalogue().codes()
+        kept = torch.nonzero(update.tensors[statistics.COUNTS]).flatten()
+        words: dict[str, Tensor] = {
+            statistics.GRAM: update.tensors[statistics.GRAM].to(torch.int32),
+            statistics.SUMS: update.tensors[statistics.SUMS][kept].to(torch.int32),
+            statistics.COUNTS: update.tensors[statistics.COUNTS][kept].to(torch.int32),
+        }
+        about = KnowledgeCell(
+            id=update.client,
+            module=update.client,
+            kind=CellKind.ANALYTIC,
+            round=number,
+            valid=(float(number), None),
+            slot=None,
+            recipe={"features": self.features, "bits": self.bits, "seed": self.feature_seed},
+            labels=tuple(labels[int(i)] for i in kept),
+            cohort=(update.client,),
+            contributors=1,
+            records=int(update.weight),
+            words="",
+        )
+        if not len(kept):
+            return Bank()
+        total = Aggregate(cohort=(update.client,), words=words, grid=asked.grid)
+        return banks.seal(Bank(), about, total)
+
+    def _catalogue(self) -> Catalogue:
+        if self.catalogue is None:
+            raise KnowledgeError("the server half needs the task's catalogue of labels")
+        return self.catalogue

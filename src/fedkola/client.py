@@ -1,0 +1,203 @@
+"""One site: what it holds, and how a question in bytes becomes an answer in bytes.
+
+``answer`` is the whole interface to the outside: unpack the broadcast, rebuild the algorithm from
+the closed table, run the step it names on the site's own records, put the addend on the grid, keep
+the answer in the outbox, return it. What goes wrong leaves as a code and nothing else; the text of
+an error stays in the site's own log.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from fedkola import wire
+from fedkola.algorithms import rebuild
+from fedkola.errors import DataError, FedKolaError, UnknownName
+from fedkola.knowledge import forget
+from fedkola.knowledge.stream import Records
+from fedkola.training import evaluate, features, fit
+from fedkola.training.model import Foundation
+from fedkola.types import Broadcast, Catalogue, Client, Dataset, Reply, Update, Weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trainer:
+    """What every site of one machine shares: the frozen base, its cache, and LoRA's scale."""
+
+    foundation: Foundation
+    cache: features.FeatureCache
+    targets: Mapping[str, tuple[int, int]]
+    scale: float
+    clip: float
+
+
+class Site:
+    """A client of the federation with its own records and its own private folder."""
+
+    def __init__(
+        self,
+        name: str,
+        data: Dataset,
+        *,
+        catalogue: Catalogue,
+        trainer: Trainer,
+        store: Path,
+    ) -> None:
+        self.name = name
+        self.catalogue = catalogue
+        self.store = store
+        self.targets = trainer.targets
+        self._trainer = trainer
+        self._data = data
+        store.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def knowledge(self) -> Records:
+        """The site's records, without those it was asked to forget."""
+        records = Records(self._data)
+        for request in forget.accepted(self.store):
+            if request.kind == "site":
+                records = records.without(records=self._data.records)
+            elif request.kind == "patient":
+                records = records.without(patients=(request.name,))
+            else:
+                records = records.without(records=(request.name,))
+        return records
+
+    def answer(self, message: bytes) -> bytes:
+        """The answer to one question, the same bytes whenever the same question is asked again."""
+        try:
+            asked = wire.unpack_broadcast(message)
+            kept = self._outbox(asked, message)
+            if kept.exists():
+                return kept.read_bytes()
+            update = _step(asked)(self, asked)
+            words = wire.words(update, asked.grid, asked.cohort)
+            answer = wire.pack_reply(Reply(client=self.name, words=words))
+            _write(kept, answer)
+        except FedKolaError as error:
+            self._log(f"{type(error).__name__}: {error}")
+            return wire.pack_reply(Reply(client=self.name, refused=type(error).__name__))
+        except Exception:  # the boundary: no text of an error may leave the site
+            self._log(traceback.format_exc())
+            return wire.pack_reply(Reply(client=self.name, refused="StepFailed"))
+        return answer
+
+    def fit(
+        self,
+        weights: Weights,
+        data: Dataset,
+        *,
+        steps: int,
+        batch: int,
+        lr: float,
+        seed: int,
+        classes: Sequence[str] = (),
+        pinned: Weights | None = None,
+    ) -> Weights:
+        """Train on this site's records; an encoder without a head has nothing to learn from."""
+        labels = self._rows(data, classes) if "head.weight" in weights else None
+        if self._trainer.foundation.kind == "encoder" and labels is None:
+            return dict(weights)
+        return fit.fit(
+            self._trainer.foundation,
+            weights,
+            data.texts,
+            labels,
+            steps=steps,
+            batch=batch,
+            lr=lr,
+            seed=self._own_seed(seed),
+            scale=self._trainer.scale,
+            pinned=pinned,
+        )
+
+    def grams(self, weights: Weights, data: Dataset, *, pinned: Weights) -> Weights:
+        factors = {name: value for name, value in weights.items() if name.endswith(".lora_B")}
+        return fit.grams(
+            self._trainer.foundation,
+            factors,
+            data.texts,
+            pinned=pinned,
+            scale=self._trainer.scale,
+            clip=self._trainer.clip,
+        )
+
+    def features(self, data: Dataset) -> Tensor:
+        return self._trainer.cache.integers(data.texts)
+
+    def evaluate(
+        self, weights: Weights, data: Dataset, *, classes: Sequence[str] = ()
+    ) -> Mapping[str, float]:
+        labels = self._rows(data, classes) if "head.weight" in weights else None
+        foundation, scale = self._trainer.foundation, self._trainer.scale
+        if labels is None:
+            return evaluate.perplexity(foundation, weights, data.texts, scale=scale)
+        return evaluate.classify(foundation, weights, data.texts, labels, scale=scale)
+
+    def post(self, request: forget.Request) -> dict[tuple[int, str], frozenset[str]]:
+        """Accept a removal: from now on these records are never contributed again.
+
+        Returns (round, scope) -> records concerned; raises UnknownCell if there are none.
+        """
+        if request.site != self.name:
+            raise DataError(f"this is {self.name}, the request is for {request.site}")
+        chosen = forget.concerned(self.store, request)
+        forget.post(self.store, request)
+        return chosen
+
+    def settle(self, request: forget.Request) -> None:
+        """Delete what the site kept about removed records, after the bank has changed."""
+        forget.settle(self.store, request)
+        shutil.rmtree(self.store / "outbox", ignore_errors=True)
+
+    # --- private ----------------------------------------------------------------------------------
+
+    def _rows(self, data: Dataset, classes: Sequence[str]) -> list[int]:
+        """The head's row of every record: the one class among the label and its ancestors."""
+        row = {name: i for i, name in enumerate(classes)}
+        path = {label.code: label.path for label in self.catalogue.labels}
+        return [next(row[node] for node in path[code] if node in row) for code in data.labels]
+
+    def _own_seed(self, seed: int) -> int:
+        digest = hashlib.sha256(f"fedkola/site/1/{seed}/{self.name}".encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 2
+
+    def _outbox(self, asked: Broadcast, message: bytes) -> Path:
+        """Where the answer to this question is kept; answers of earlier rounds are dropped."""
+        folder = self.store / "outbox"
+        name = f"{asked.round:06d}-{asked.step}-{hashlib.sha256(message).hexdigest()[:32]}"
+        current = folder / f"{asked.round:06d}"
+        if folder.exists():
+            for old in folder.iterdir():
+                if old.name < current.name:
+                    shutil.rmtree(old, ignore_errors=True)
+        return current / name
+
+    def _log(self, text: str) -> None:
+        logger.warning("site %s: %s", self.name, text)
+        with (self.store / "site.log").open("a", encoding="utf-8") as file:
+            file.write(text.rstrip() + "\n")
+
+
+def _step(asked: Broadcast) -> Callable[[Client, Broadcast], Update]:
+    steps = rebuild(asked.algorithm).steps()
+    if asked.step not in steps:
+        raise UnknownName(f"{asked.algorithm.get('name')} has no step {asked.step!r}")
+    return steps[asked.step]
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_bytes(content)
+    os.replace(draft, path)

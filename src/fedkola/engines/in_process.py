@@ -1,0 +1,77 @@
+"""The default engine: sites share this process, their messages cross the same codec as anywhere.
+
+Every question is packed to bytes once; every site unpacks it, answers in bytes, and the words are
+added one reply at a time, so memory does not grow with the cohort.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+
+from fedkola import wire
+from fedkola.errors import EngineError, Unreachable
+from fedkola.types import Aggregate, Broadcast, Cohort, Reply, Tally, Update
+
+Answer = Callable[[bytes], bytes]
+
+
+class InProcess:
+    """An engine over ``sites``: name -> a function from message bytes to message bytes.
+
+    ``order`` 0 asks sites in the order of the cohort; any other number shuffles the order in which
+    replies arrive, which must not change a bit of the result.
+    """
+
+    def __init__(self, sites: Mapping[str, Answer], *, order: int = 0) -> None:
+        if not sites:
+            raise Unreachable("an engine needs at least one site")
+        self._sites = dict(sites)
+        self._arrival = random.Random(order) if order else None
+        self._down = self._up = 0
+        self._refused: dict[str, str] = {}
+
+    def roster(self) -> Cohort:
+        return tuple(self._sites)
+
+    def replies(self, cohort: Cohort, broadcast: Broadcast) -> Iterator[Reply]:
+        """One reply per site of the cohort, as they arrive."""
+        message = wire.pack_broadcast(broadcast)
+        order = list(cohort)
+        if self._arrival:
+            self._arrival.shuffle(order)
+        for name in order:
+            yield self._ask(name, message)
+
+    def sum(self, cohort: Cohort, broadcast: Broadcast) -> Aggregate:
+        return wire.total(self.replies(cohort, broadcast), broadcast.grid, cohort)
+
+    def each(self, cohort: Cohort, broadcast: Broadcast) -> Iterator[Update]:
+        for reply in self.replies(cohort, broadcast):
+            if not reply.refused:
+                yield wire.single(reply, broadcast.grid)
+
+    def tally(self) -> Tally:
+        """Traffic and refusals since the last call; the counters start again."""
+        found = Tally(bytes_down=self._down, bytes_up=self._up, refused=dict(self._refused))
+        self._down = self._up = 0
+        self._refused = {}
+        return found
+
+    def _ask(self, name: str, message: bytes) -> Reply:
+        if name not in self._sites:
+            reply = Reply(client=name, refused="Unreachable")
+        else:
+            self._down += len(message)
+            answer = self._sites[name](message)
+            self._up += len(answer)
+            reply = self._read(name, answer)
+        if reply.refused:
+            self._refused[name] = reply.refused
+        return reply
+
+    def _read(self, name: str, answer: bytes) -> Reply:
+        """A malformed answer is a refusal of that site, never an error of the round."""
+        try:
+            reply = wire.unpack_reply(answer)
+        except EngineError as error:
+            return Reply(client=name, refused=type(error).__name__)
+        return reply if reply.client == name else Reply(client=name, refused="WireError")

@@ -1,0 +1,1 @@
+"""PRIVATE PRE-TRAINING: what leaves a site."""

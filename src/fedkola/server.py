@@ -1,0 +1,407 @@
+"""The coordinator: check the plan, build the federation, run its rounds, remove what must go.
+
+A run is a folder: ``ledger.db`` and ``blobs/`` are the server's, ``sites/NAME/`` belongs to each
+site. One transaction per round holds state, report, sampler and events, so killing the process at
+any instant leaves round n or round n + 1, and resuming gives the bits of an undisturbed run.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedkola import wire
+from fedkola.algorithms import ALGORITHMS
+from fedkola.algorithms.fedkola import FedKoLa
+from fedkola.algorithms.fedkola import State as BankState
+from fedkola.client import Site, Trainer
+from fedkola.engines import ENGINES
+from fedkola.errors import CohortTooSmall, Incompatible, KnowledgeError, UnknownName
+from fedkola.knowledge import availability, basis, forget, statistics
+from fedkola.knowledge.forget import CellOutcome, ForgetReceipt, Request
+from fedkola.knowledge.stream import Stream
+from fedkola.knowledge.views import Rule
+from fedkola.ledger import Ledger
+from fedkola.plan import Plan, as_dict, digest
+from fedkola.privacy.guards import Guarded
+from fedkola.training import adapters, features, model
+from fedkola.training.model import Foundation
+from fedkola.types import Algorithm, Catalogue, Clients, Cohort, Report, Weights
+
+CLIP = 16.0
+FRACTION = 10
+
+Observe = Callable[[int, Any], Mapping[str, float]]
+Progress = Callable[[Report], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Federation:
+    """Everything one run needs: the plan, the data of its sites, the model, the algorithm."""
+
+    plan: Plan
+    folder: Path
+    stream: Stream
+    foundation: Foundation
+    trainer: Trainer
+    sites: Mapping[str, Site]
+    clients: Clients
+    algorithm: Algorithm[Any]
+    level: int
+
+    @property
+    def rounds(self) -> int:
+        return self.plan.run.rounds or len(self.stream.windows)
+
+
+def check(plan: Plan) -> None:
+    """Refuse before round 1 what could not hold: unknown names, protections this version lacks."""
+    _known("algorithm.name", plan.algorithm.name, ALGORITHMS)
+    _known("engine.name", plan.engine.name, ENGINES)
+    if plan.privacy.secure_sum:
+        raise Incompatible(
+            "privacy.secure_sum = true: this version has no secure aggregation, and a run is never "
+            "started with less protection than its plan asks for; set it to false knowingly"
+        )
+    if isfinite(plan.privacy.epsilon):
+        raise Incompatible(
+            f"privacy.epsilon = {plan.privacy.epsilon}: this version adds no noise and can promise "
+            "no epsilon; set it to inf knowingly"
+        )
+    if plan.quality.mode != "off":
+        raise Incompatible(f"quality.mode = {plan.quality.mode!r}: this version only has 'off'")
+    if plan.knowledge.membership != "padded":
+        raise Incompatible(
+            f"knowledge.membership = {plan.knowledge.membership!r}: this version only has 'padded'"
+        )
+    if plan.algorithm.name == "fedkola" and plan.cohort.minimum < plan.knowledge.k_min:
+        raise Incompatible(
+            f"cohort.minimum = {plan.cohort.minimum} is below knowledge.k_min = "
+            f"{plan.knowledge.k_min}; no cell could ever open in such a round"
+        )
+
+
+def assemble(
+    plan: Plan,
+    stream: Stream,
+    folder: Path,
+    *,
+    cache: Path | None = None,
+    foundation: Foundation | None = None,
+) -> Federation:
+    """Load the model, give every site its records and folder, and build the algorithm.
+
+    ``cache`` keeps frozen features between runs; ``foundation`` saves loading the model again.
+    """
+    check(plan)
+    if plan.model.threads:
+        torch.set_num_threads(plan.model.threads)
+    base = foundation or model.load(plan.model.name, max_tokens=plan.model.max_tokens)
+    trainer = Trainer(
+        foundation=base,
+        cache=features.FeatureCache(base, cache),
+        targets=adapters.targets(base),
+        scale=plan.algorithm.alpha / plan.algorithm.rank,
+        clip=CLIP,
+    )
+    sites = {
+        name: Site(
+            name,
+            data,
+            catalogue=stream.catalogue,
+            trainer=trainer,
+            store=folder / "sites" / name,
+        )
+        for name, data in stream.sites.items()
+    }
+    answers = {name: site.answer for name, site in sites.items()}
+    engine = ENGINES[plan.engine.name](answers, order=plan.engine.order)
+    level = report_level(plan, stream.catalogue)
+    return Federation(
+        plan=plan,
+        folder=folder,
+        stream=stream,
+        foundation=base,
+        trainer=trainer,
+        sites=sites,
+        clients=Guarded(engine, run=plan.run.name, seed=plan.run.seed),
+        algorithm=build(plan, stream.catalogue, trainer, level),
+        level=level,
+    )
+
+
+def report_level(plan: Plan, catalogue: Catalogue) -> int:
+    """The position of the reported level; ICD-10-CM reports blocks unless the plan says else."""
+    name = plan.task.level or ("block" if "block" in catalogue.levels else catalogue.levels[0])
+    if name not in catalogue.levels:
+        raise UnknownName(f"task.level = {name!r}; this task has the levels {catalogue.levels}")
+    return catalogue.levels.index(name)
+
+
+def build(plan: Plan, catalogue: Catalogue, trainer: Trainer, level: int) -> Algorithm[Any]:
+    """The algorithm that the plan names, with its hyper-parameters."""
+    k, a = plan.knowledge, plan.algorithm
+    width = trainer.foundation.width
+    rule = Rule(
+        readout=k.readout,
+        lam=k.lam,
+        merge=k.merge,
+        merge_lam=k.merge_lam,
+        half_life=k.half_life,
+    )
+    if a.name == "fedkola":
+        if "analytic" in k.lanes:
+            statistics.check_exact(width=width, features=k.features, bits=k.bits, seed=k.basis_seed)
+        if "lora" in k.lanes and k.slots_max > basis.capacity(trainer.targets, rank=a.rank):
+            raise Incompatible(
+                f"knowledge.slots_max = {k.slots_max} slots of rank {a.rank} do not fit the model, "
+                f"which has room for {basis.capacity(trainer.targets, rank=a.rank)}"
+            )
+        return FedKoLa(
+            lanes=",".join(k.lanes),
+            width=width,
+            features=k.features,
+            bits=k.bits,
+            feature_seed=k.basis_seed,
+            rank=a.rank,
+            scale=trainer.scale,
+            basis_seed=k.basis_seed,
+            merge=k.merge,
+            lora_records=k.lora_records,
+            lora_steps=k.lora_steps,
+            batch=a.batch,
+            lr=a.lr,
+            clip=trainer.clip,
+            fraction=FRACTION,
+            level=level,
+            k_min=k.k_min,
+            label_floor=k.label_floor,
+            public_reference=k.public_reference,
+            slots_max=k.slots_max,
+            rule=rule,
+            catalogue=catalogue,
+            targets=trainer.targets,
+        )
+    if a.name == "local":
+        return ALGORITHMS["local"](
+            features=k.features,
+            bits=k.bits,
+            feature_seed=k.basis_seed,
+            rule=rule,
+            catalogue=catalogue,
+        )
+    iterated = {"epochs": a.epochs, "batch": a.batch, "lr": a.lr, "level": level}
+    if a.name == "fedit":
+        return ALGORITHMS["fedit"](**iterated, exchanges=a.exchanges)
+    return ALGORITHMS["joint"](**iterated)
+
+
+def initial_weights(federation: Federation) -> Weights:
+    """LoRA factors of every layer, and for an encoder a head with a row per reported node."""
+    plan, base = federation.plan, federation.foundation
+    weights = dict(adapters.weights_template(base, rank=plan.algorithm.rank, seed=plan.run.seed))
+    if base.kind == "encoder":
+        rows = len(federation.stream.catalogue.nodes(federation.level))
+        weights["head.weight"] = torch.zeros(rows, base.width)
+        weights["head.bias"] = torch.zeros(rows)
+    return weights
+
+
+def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: Progress) -> Any:
+    """All rounds from the last committed one on; returns the final state.
+
+    ``observe`` measures a state after its round (its numbers go into the report and nowhere else),
+    ``progress`` is told of every committed round. Raises CohortTooSmall if a round finds fewer
+    sites than the plan's minimum; what was committed stays and the run can be resumed.
+    """
+    plan, algorithm, clients = federation.plan, federation.algorithm, federation.clients
+    name = plan.run.name
+    ledger.start(name, as_dict(plan), digest(plan), now=time.time())
+    state, done = load_state(federation, ledger)
+    state = _due(federation, ledger, state, done)
+    for number in range(done + 1, federation.rounds + 1):
+        began = time.perf_counter()
+        cohort = draw(federation, number)
+        after = algorithm.round(number, state, cohort, clients)
+        tally = clients.tally()
+        report = Report(
+            round=number,
+            cohort=cohort,
+            refused=tally.refused,
+            metrics=observe(number, after),
+            bytes_down=tally.bytes_down,
+            bytes_up=tally.bytes_up,
+            seconds=time.perf_counter() - began,
+        )
+        document, tensors = wire.dump(after)
+        events = algorithm.events(state, after) if isinstance(algorithm, FedKoLa) else ()
+        ledger.commit(
+            name,
+            number,
+            state=document,
+            tensors=tensors,
+            report=asdict(report),
+            sampler={"seed": plan.run.seed, "round": number},
+            events=events,
+            now=time.time(),
+        )
+        state = _due(federation, ledger, after, number)
+        progress(report)
+    ledger.finish(name, "done")
+    return state
+
+
+def load_state(federation: Federation, ledger: Ledger) -> tuple[Any, int]:
+    """The last committed state and its round; the initial state and 0 for a fresh run."""
+    start = federation.algorithm.start(initial_weights(federation))
+    saved = ledger.last(federation.plan.run.name)
+    if saved is None:
+        return start, 0
+    return wire.load(type(start), saved.state, saved.tensors), saved.number
+
+
+def draw(federation: Federation, number: int) -> Cohort:
+    """The cohort of a round; raises CohortTooSmall below the plan's minimum."""
+    plan = federation.plan
+    cohort = availability.cohort(
+        federation.clients.roster(),
+        size=plan.cohort.size,
+        seed=plan.run.seed,
+        round=number,
+        late=plan.scenario.late,
+        left=plan.scenario.leave,
+    )
+    least = 1 if plan.algorithm.name == "joint" else plan.cohort.minimum
+    if len(cohort) < least:
+        raise CohortTooSmall(
+            f"round {number} finds {len(cohort)} sites, cohort.minimum asks for {least}; wait for "
+            "more sites and resume"
+        )
+    return cohort
+
+
+def remove(
+    federation: Federation, ledger: Ledger, request: Request, *, recount: bool = False
+) -> ForgetReceipt:
+    """Forget a site, a patient or a record in the last committed state; returns the receipt.
+
+    The site accepts the request, every site of the roster answers the removal (zeros where it
+    has nothing), the new integers are committed, and only then are the site's own rows deleted.
+    ``recount`` also asks the remaining sites to sum their journals again and compares; it shows
+    the difference of two sums, so it is for public data and for tests.
+    """
+    algorithm, plan = federation.algorithm, federation.plan
+    if not isinstance(algorithm, FedKoLa):
+        raise KnowledgeError(
+            f"{plan.algorithm.name} keeps no cells, so nothing can be subtracted; only fedkola can "
+            "forget without training again"
+        )
+    if request.site not in federation.sites:
+        raise UnknownName(f"no site {request.site!r}; this run has {sorted(federation.sites)}")
+    state, number = load_state(federation, ledger)
+    receipt, after = _subtract(federation, algorithm, state, request, recount=recount)
+    document, tensors = wire.dump(after)
+    written = forget.document(receipt)
+    event = {"kind": "FORGET", "subject": request.id, "body": written}
+    ledger.amend(
+        plan.run.name,
+        number,
+        state=document,
+        tensors=tensors,
+        events=(*algorithm.events(state, after), event),
+        removal={**written, "scope": {"request": request.id}},
+        now=time.time(),
+    )
+    federation.sites[request.site].settle(request)
+    ledger.purge(plan.run.name, now=time.time())
+    return receipt
+
+
+# --- private --------------------------------------------------------------------------------------
+
+
+def _subtract(
+    federation: Federation,
+    algorithm: FedKoLa,
+    state: BankState,
+    request: Request,
+    *,
+    recount: bool,
+) -> tuple[ForgetReceipt, BankState]:
+    began = time.perf_counter()
+    clients = federation.clients
+    concerned = federation.sites[request.site].post(request)
+    cells = [
+        cell
+        for cell in state.bank.cells
+        if (cell.about.round, cell.about.module.rsplit("@", 1)[0]) in concerned
+    ]
+    names = [cell.about.id for cell in cells]
+    roster = tuple(
+        name
+        for name in clients.roster()
+        if federation.plan.scenario.leave.get(name, state.number) >= state.number
+        or name == request.site
+    )
+    staying = roster if request.kind != "site" else _without(roster, request.site)
+    after, before, records = algorithm.remove(state, names, request.id, roster, clients)
+    same = None
+    if recount:
+        same = algorithm.recount(after, names, request.id, staying, clients)
+    after = algorithm.calibrate(after, staying, clients)
+    live = {cell.about.id: cell.about.words for cell in after.bank.cells}
+    outcomes = tuple(
+        CellOutcome(
+            cell=cell.about.id,
+            module=cell.about.module,
+            kind=cell.about.kind.value,
+            outcome=forget.classify(cell.about.kind, request),
+            before=cell.about.words,
+            after=live.get(cell.about.id, "revoked"),
+        )
+        for cell in before
+    )
+    receipt = ForgetReceipt(
+        request=request.id,
+        kind=request.kind,
+        site=request.site,
+        records=records,
+        cells=outcomes,
+        view_before=algorithm.view(state).id,
+        view_after=algorithm.view(after).id if after.bank.cells else "",
+        recount=same,
+        seconds=time.perf_counter() - began,
+    )
+    clients.tally()
+    return receipt, after
+
+
+def _due(federation: Federation, ledger: Ledger, state: Any, number: int) -> Any:
+    """Carry out removals of sites that left up to this round, once each."""
+    done = {row["receipt"]["request"] for row in ledger.removals(federation.plan.run.name)}
+    changed = False
+    for site, last in sorted(federation.plan.scenario.leave.items()):
+        request = Request(kind="site", site=site)
+        if last > number or not isinstance(federation.algorithm, FedKoLa):
+            continue
+        if request.id not in done:
+            recount = federation.plan.knowledge.public_reference
+            remove(federation, ledger, request, recount=recount)
+            changed = True
+        elif forget.posted(federation.sites[site].store):
+            # Killed between the commit and the site's own deletion.
+            federation.sites[site].settle(request)
+    return load_state(federation, ledger)[0] if changed else state
+
+
+def _without(roster: Sequence[str], site: str) -> Cohort:
+    return tuple(name for name in roster if name != site)
+
+
+def _known(key: str, name: str, table: Mapping[str, object]) -> None:
+    if name not in table:
+        raise UnknownName(f"{key} = {name!r}; this version knows {sorted(table)}")
