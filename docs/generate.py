@@ -222,6 +222,8 @@ def cli_page() -> str:
         rows = [row for row in map(parameter, command.params) if row]
         if rows:
             lines += ["", "| argument or option | default | meaning |", "|---|---|---|", *rows]
+        if shown := examples(command.epilog):
+            lines += ["", "```console", *shown, "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -238,6 +240,13 @@ def parameter(given: Any) -> str:
     needed = "required" if given.required else default_text(given.default)
     text = " ".join((getattr(given, "help", None) or "").split()).replace("|", "\\|")
     return f"| `{name}` | {needed} | {text} |"
+
+
+def examples(epilog: str | None) -> list[str]:
+    """The commands of an epilog that starts with "Examples:", one a line, bullets or not."""
+    lines = [line.strip() for line in (epilog or "").splitlines() if line.strip()]
+    shown = [re.sub(r"^[*-] +`(.+)`$", r"\1", line) for line in lines[1:]]
+    return [f"$ {line}" for line in shown] if lines[:1] == ["Examples:"] else []
 
 
 def default_text(value: Any) -> str:
