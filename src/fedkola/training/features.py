@@ -14,8 +14,7 @@ Equal bits hold on one kind of machine.
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from fedkola.errors import NotFinite
 from fedkola.training.model import Foundation, encode
+from fedkola.training.threads import equal_lengths, filled, side_by_side
 
 # 8 rows cost 15 % more per token than 32, but a window of 500 texts has about 35 different
 # lengths, and every one of them fills up its last pass (measured).
@@ -46,13 +46,13 @@ def embed(foundation: Foundation, texts: Sequence[str], *, batch: int = ROWS) ->
     out = torch.zeros(len(ids), foundation.width)
 
     def run(rows: list[int]) -> None:
-        filled = rows + rows[-1:] * (batch - len(rows))
         with torch.inference_mode():
-            states = _states(foundation, torch.tensor([ids[row] for row in filled]))
+            states = _states(foundation, filled(ids, rows, batch))
             means = torch.nn.functional.normalize(states.mean(dim=1), dim=1)
             out[rows] = means[: len(rows)]
 
-    _side_by_side(run, _passes([len(row) for row in ids], batch))
+    with side_by_side() as each:
+        each(run, equal_lengths(ids, batch))
     if not bool(out.isfinite().all()):
         raise NotFinite(f"model {foundation.name} gives an embedding that is not finite")
     return out
@@ -154,32 +154,6 @@ def _entries(content: bytes, width: int) -> Iterator[tuple[bytes, np.ndarray]]:
     keys = (body[at : at + _DIGEST] for at in range(_HEADER, rows, _DIGEST))
     table = np.frombuffer(body, "<i2", offset=rows).astype(np.int16).reshape(count, columns)
     return zip(keys, table, strict=True)
-
-
-def _passes(lengths: Sequence[int], batch: int) -> list[list[int]]:
-    """Rows of equal length, at most ``batch`` together, longest first; empty texts are left out."""
-    by_length: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(row)
-    by_length.pop(0, None)
-    return [
-        rows[start : start + batch]
-        for _, rows in sorted(by_length.items(), reverse=True)
-        for start in range(0, len(rows), batch)
-    ]
-
-
-def _side_by_side(run: Callable[[list[int]], None], passes: Sequence[list[int]]) -> None:
-    """Every pass on one thread, as many at a time as torch would use threads."""
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(
-            min(threads, len(passes)) or 1, initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool:
-            for _ in pool.map(run, passes):
-                pass
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _states(foundation: Foundation, ids: Tensor) -> Tensor:

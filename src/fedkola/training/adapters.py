@@ -1,0 +1,242 @@
+"""LoRA on a frozen base through peft: y = W x + s B (A x), and what may be done with factors.
+
+Adapters travel as plain tensors, ``{layer}.lora_A`` (r, d_in) and ``{layer}.lora_B`` (d_out, r)
+for every target layer, one rank for all. Sums of products are kept by concatenation,
+sum_i w_i B_i A_i = [w_1 B_1 ... w_n B_n] [A_1; ...; A_n]; averaging the factors instead is another
+matrix, which is why peft's other ways to combine adapters are refused.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedkola.errors import Incompatible, ModelMismatch
+from fedkola.training.model import Foundation
+from fedkola.types import Weights
+
+# Query and value projections by the last part of their names; fused ones are adapted whole.
+TARGETS = frozenset(
+    {"query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "query_key_value", "qkv_proj"}
+    | {"c_attn", "Wqkv"}
+)
+A, B = ".lora_A", ".lora_B"
+
+
+def targets(foundation: Foundation) -> dict[str, tuple[int, int]]:
+    """Query and value projections, name -> (d_out, d_in); ModelMismatch if there are none."""
+    found = {
+        name: (module.nf, module.nx)
+        if isinstance(module, Conv1D)
+        else (module.out_features, module.in_features)
+        for name, module in foundation.model.named_modules()
+        if name.rpartition(".")[2] in TARGETS and isinstance(module, nn.Linear | Conv1D)
+    }
+    if not found:
+        raise ModelMismatch(
+            f"model {foundation.name} has no query and value projections under a known name "
+            f"({', '.join(sorted(TARGETS))}); choose another base model"
+        )
+    return found
+
+
+def weights_template(foundation: Foundation, *, rank: int, seed: int) -> dict[str, Tensor]:
+    """A fresh adapter: A uniform within 1/sqrt(d_in) as in peft, B zero, so that B A = 0."""
+    generator = torch.Generator().manual_seed(seed)
+    fresh: dict[str, Tensor] = {}
+    for layer, (d_out, d_in) in targets(foundation).items():
+        a = torch.empty(rank, d_in)
+        fresh[layer + A] = nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        fresh[layer + B] = torch.zeros(d_out, rank)
+    return fresh
+
+
+@contextmanager
+def adapted(foundation: Foundation, weights: Weights, *, scale: float) -> Iterator[nn.Module]:
+    """The model with y = W x + scale B (A x), while the block lasts; its parameters are frozen.
+
+    Tensors of ``weights`` that are no factors are ignored; without factors it is the base itself.
+    One block at a time for one foundation. Raises ModelMismatch for factors that do not fit.
+    """
+    rank = _rank(foundation, weights)
+    if rank == 0:
+        yield foundation.model
+        return
+    config = _config(foundation, weights, rank=rank, scale=scale)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations between peft and transformers
+        model = peft.get_peft_model(foundation.model, config)
+    inner = foundation.model
+    try:
+        for name, value in _factors(weights).items():
+            factor(inner, name).requires_grad_(False).copy_(value)
+        yield inner
+    finally:
+        model.unload()
+
+
+def factor(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter that holds the factor ``name`` in what ``adapted`` gave."""
+    return model.get_parameter(f"{name}.default.weight")
+
+
+@contextmanager
+def gated(
+    foundation: Foundation,
+    a_cat: Mapping[str, Tensor],
+    b_cat: Mapping[str, Tensor],
+    *,
+    scale: float,
+    slots: int,
+    gate: Tensor,
+) -> Iterator[nn.Module]:
+    """The model with y = W x + scale B_cat (g * (A_cat x)) while the block lasts.
+
+    ``a_cat`` (slots r, d_in) and ``b_cat`` (d_out, slots r) by layer; ``gate`` (batch, slots)
+    holds one row per text of every batch that is run. Raises ModelMismatch or Incompatible.
+    """
+    named = {layer + A: a for layer, a in a_cat.items()}
+    rank = _rank(foundation, {**named, **{layer + B: b for layer, b in b_cat.items()}})
+    if gate.ndim != 2 or gate.shape[1] != slots or rank % max(slots, 1):
+        raise Incompatible(
+            f"a gate of shape {tuple(gate.shape)} for {slots} slots of a rank-{rank} adapter; "
+            f"expected (batch, slots), and a rank that is a multiple of slots"
+        )
+    spread = gate.repeat_interleave(rank // slots, dim=1)[:, None, :] if rank else gate
+    hooks = [
+        foundation.model.get_submodule(layer).register_forward_hook(
+            _gated_hook(a_cat[layer], b_cat[layer], spread, scale)
+        )
+        for layer in a_cat
+    ]
+    try:
+        yield foundation.model
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def combine(parts: Sequence[tuple[Weights, float]]) -> dict[str, Tensor]:
+    """One adapter of rank sum r_i whose products are exactly sum_i w_i B_i A_i.
+
+    Tensors that are no factors are left out. Raises Incompatible if layers differ.
+    """
+    if not parts:
+        return {}
+    names = sorted(_factors(parts[0][0]))
+    for weights, _ in parts:
+        if sorted(_factors(weights)) != names:
+            raise Incompatible("adapters of different layers cannot be combined; use one base")
+    return {
+        name: torch.cat([weights[name] for weights, _ in parts], dim=0)
+        if name.endswith(A)
+        else torch.cat([share * weights[name] for weights, share in parts], dim=1)
+        for name in names
+    }
+
+
+def weighted(
+    model: peft.PeftModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    combination_type: str,
+) -> None:
+    """peft's add_weighted_adapter, restricted to "cat".
+
+    Any other type mixes factors, which is not the weighted sum of products: Incompatible.
+    """
+    if combination_type != "cat":
+        raise Incompatible(
+            f'combination_type "{combination_type}" does not give sum_i w_i B_i A_i; use "cat"'
+        )
+    lora: Any = model.base_model
+    lora.add_weighted_adapter(list(adapters), list(weights), name, combination_type="cat")
+
+
+def export_peft(foundation: Foundation, weights: Weights, *, scale: float, folder: Path) -> None:
+    """Write a folder that ``PeftModel.from_pretrained(base, folder)`` loads.
+
+    adapter_config.json and adapter_model.safetensors; a head has no place in it and is left out.
+    """
+    rank = _rank(foundation, weights)
+    if rank == 0:
+        raise ModelMismatch("there is no adapter to export: no lora_A and lora_B among the weights")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _config(foundation, weights, rank=rank, scale=scale)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    tensors = {
+        f"base_model.model.{name}.weight": value.to(torch.float32).contiguous().clone()
+        for name, value in _factors(weights).items()
+    }
+    safetensors.torch.save_file(
+        tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def _config(
+    foundation: Foundation, weights: Weights, *, rank: int, scale: float
+) -> peft.LoraConfig:
+    layers = sorted(name.removesuffix(A) for name in weights if name.endswith(A))
+    transposed = isinstance(foundation.model.get_submodule(layers[0]), Conv1D)
+    alpha = scale * rank
+    return peft.LoraConfig(
+        r=rank,
+        lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,  # type: ignore[arg-type]
+        target_modules=layers,
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=transposed,
+        task_type=peft.TaskType.CAUSAL_LM
+        if foundation.kind == "causal"
+        else peft.TaskType.FEATURE_EXTRACTION,
+        base_model_name_or_path=foundation.name,
+    )
+
+
+def _factors(weights: Weights) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if name.endswith((A, B))}
+
+
+def _rank(foundation: Foundation, weights: Weights) -> int:
+    """The one rank of all factors, 0 if there are none; ModelMismatch if they do not fit."""
+    factors = _factors(weights)
+    if not factors:
+        return 0
+    known = targets(foundation)
+    ranks = set()
+    for layer in {name[: -len(A)] for name in factors}:
+        if layer not in known:
+            raise ModelMismatch(
+                f"the adapter names layer {layer}, which model {foundation.name} does not adapt; "
+                f"it was made for another base model"
+            )
+        a, b = factors.get(layer + A), factors.get(layer + B)
+        if a is None or b is None:
+            raise ModelMismatch(f"layer {layer} has one factor only; give lora_A and lora_B")
+        d_out, d_in = known[layer]
+        if a.shape[1:] != (d_in,) or b.shape != (d_out, a.shape[0]):
+            raise ModelMismatch(
+                f"layer {layer} has lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)}; expected "
+                f"(r, {d_in}) and ({d_out}, r)"
+            )
+        ranks.add(a.shape[0])
+    if len(ranks) > 1:
+        raise ModelMismatch(f"layers of one adapter have ranks {sorted(ranks)}; expected one rank")
+    return int(ranks.pop())
+
+
+def _gated_hook(a: Tensor, b: Tensor, gate: Tensor, scale: float) -> Any:
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + scale * ((inputs[0] @ a.T) * gate) @ b.T
+
+    return add

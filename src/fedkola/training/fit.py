@@ -1,0 +1,220 @@
+"""One site's local training, and the Grams by which trained factors are merged.
+
+An encoder learns by cross-entropy on a linear head over SHARPNESS times its unit-length mean
+embedding, a causal model by the next token. Only the given tensors train; gradients stop at the
+first adapted layer, since nothing below it asks for one.
+
+Texts are shuffled by the seed, then sorted by length within chunks of 8 batches whose order is
+shuffled again: batches stay random but for their lengths, and hardly anything is padded. A batch
+runs in parts of PART texts side by side, whose gradients are added in a fixed order: equal
+arguments give equal bits, whatever the number of threads.
+"""
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedkola.errors import DataError, ModelMismatch, StepFailed
+from fedkola.training.adapters import A, B, adapted, factor
+from fedkola.training.model import Foundation, encode
+from fedkola.training.threads import equal_lengths, filled, side_by_side
+from fedkola.types import Weights
+
+HEAD, BIAS = "head.weight", "head.bias"
+SHARPNESS = 16.0
+PART = 16
+CHUNK = 8
+ROWS = 8
+
+
+def fit(
+    foundation: Foundation,
+    weights: Weights,
+    texts: Sequence[str],
+    labels: Sequence[int] | None,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    scale: float,
+    pinned: Weights | None = None,
+) -> dict[str, Tensor]:
+    """``weights`` after ``steps`` steps of AdamW without decay: float32, in new storage.
+
+    ``weights`` and ``pinned`` together hold lora_A and lora_B and, for an encoder, head.weight
+    (classes, width) and perhaps head.bias (classes). ``pinned`` is used, not trained, not
+    returned. ``labels`` are rows of the head; None for a causal model. Without texts, or with
+    texts of one token that have no next one, nothing changes. Raises ModelMismatch, DataError for
+    labels outside the head, and StepFailed for a loss that is not finite.
+    """
+    fixed = dict(pinned or {})
+    start = {name: v.detach().float().clone() for name, v in weights.items() if name not in fixed}
+    ids = encode(foundation, texts)
+    if foundation.kind == "encoder":
+        require_head({**start, **fixed}, labels, len(texts))
+        usable = list(range(len(ids)))
+    else:
+        labels, usable = None, [row for row, tokens in enumerate(ids) if len(tokens) > 1]
+    if steps <= 0 or not usable or not start:
+        return start
+    with adapted(foundation, {**start, **fixed}, scale=scale) as model, side_by_side() as each:
+        leaves = {
+            name: factor(model, name) if name.endswith((A, B)) else nn.Parameter(value)
+            for name, value in start.items()
+        }
+        for leaf in leaves.values():
+            leaf.requires_grad_(True)
+        everything = {**fixed, **leaves}
+        optimiser = torch.optim.AdamW(leaves.values(), lr=lr, weight_decay=0.0, fused=True)
+
+        def gradient(rows: list[int]) -> tuple[float, Sequence[Tensor]]:
+            asked = [ids[row] for row in rows]
+            if labels is None:
+                loss = _next_token_loss(model, asked)
+            else:
+                loss = _label_loss(model, everything, asked, [labels[row] for row in rows])
+            return loss.item(), torch.autograd.grad(loss, list(leaves.values()))
+
+        order = _batches([len(ids[row]) for row in usable], batch=batch, steps=steps, seed=seed)
+        for number, places in enumerate(order, start=1):
+            rows = [usable[place] for place in places]
+            parts = [rows[first : first + PART] for first in range(0, len(rows), PART)]
+            answers = each(gradient, parts)
+            loss = sum(value for value, _ in answers)
+            if not math.isfinite(loss):
+                raise StepFailed(
+                    f"the loss is {loss} in training step {number} of {steps}; lower algorithm.lr "
+                    f"(it is {lr})"
+                )
+            count = len(rows) if labels is not None else sum(len(ids[row]) - 1 for row in rows)
+            for place, leaf in enumerate(leaves.values()):
+                total = answers[0][1][place].clone()
+                for _, grads in answers[1:]:
+                    total += grads[place]
+                leaf.grad = total.div_(count)
+            optimiser.step()
+        return {name: leaf.detach().clone() for name, leaf in leaves.items()}
+
+
+def grams(
+    foundation: Foundation,
+    weights: Weights,
+    texts: Sequence[str],
+    *,
+    pinned: Weights,
+    scale: float,
+    clip: float = 0.0,
+) -> dict[str, Tensor]:
+    """``{layer}.gram`` (r, r) float64: sum over texts of the mean over tokens of z z^T.
+
+    z = A x is the adapter's inner state under the adapted model, its entries clamped to +-clip
+    where ``clip`` > 0. ``weights`` and ``pinned`` together hold lora_A and lora_B. Without texts
+    the Grams are zero.
+    """
+    both = {**weights, **pinned}
+    factors = {name.removesuffix(A): a.float() for name, a in both.items() if name.endswith(A)}
+    sums = {layer: torch.zeros(len(a), len(a), dtype=torch.float64) for layer, a in factors.items()}
+    ids = encode(foundation, texts)
+    seen = threading.local()
+
+    def run(rows: list[int]) -> dict[str, Tensor]:
+        seen.inputs = {}
+        with torch.inference_mode():
+            model(input_ids=filled(ids, rows, ROWS))
+            return {layer: _gram(x[: len(rows)]) for layer, x in seen.inputs.items()}
+
+    def _gram(z: Tensor) -> Tensor:
+        z = z.clamp(-clip, clip) if clip > 0 else z
+        flat = z.double().flatten(0, 1)
+        return flat.T @ flat / z.shape[1]
+
+    def keep(layer: str) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.inputs[layer] = output
+
+        inner = model.get_submodule(f"{layer}.lora_A.default")
+        inner.register_forward_hook(hook)
+
+    # The hooks end with the adapter's modules, which live as long as the block.
+    with adapted(foundation, both, scale=scale) as model, side_by_side() as each:
+        for layer in factors:
+            keep(layer)
+        for found in each(run, equal_lengths(ids, ROWS)):
+            for layer, gram in found.items():
+                sums[layer] += gram
+    return {f"{layer}.gram": total for layer, total in sums.items()}
+
+
+def logits(states: Tensor, mask: Tensor | None, head: Weights) -> Tensor:
+    """Class scores (n, classes) of hidden states (n, tokens, width); no mask: no padding."""
+    if mask is None:
+        mean = states.mean(dim=1)
+    else:
+        real = mask[:, :, None].to(states.dtype)
+        mean = (states * real).sum(dim=1) / real.sum(dim=1)
+    unit = functional.normalize(mean, dim=1)
+    return functional.linear(SHARPNESS * unit, head[HEAD], head.get(BIAS))
+
+
+def require_head(weights: Weights, labels: Sequence[int] | None, count: int) -> None:
+    """Raise ModelMismatch or DataError unless there is a head and each text has a row of it."""
+    if HEAD not in weights or labels is None:
+        raise ModelMismatch(
+            f"an encoder needs {HEAD} among its tensors and a label for every text; got "
+            f"{'labels' if labels is not None else 'no labels'} and tensors of "
+            f"{len(weights)} names"
+        )
+    classes = len(weights[HEAD])
+    if len(labels) != count or any(not 0 <= label < classes for label in labels):
+        raise DataError(
+            f"{len(labels)} labels for {count} texts; expected one label in 0..{classes - 1} "
+            f"for each text"
+        )
+
+
+def _label_loss(
+    model: nn.Module, weights: Weights, ids: Sequence[Sequence[int]], labels: Sequence[int]
+) -> Tensor:
+    tokens, mask = _padded(ids)
+    states = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+    scores = logits(states, mask, weights)
+    return functional.cross_entropy(scores, torch.tensor(labels), reduction="sum")
+
+
+def _next_token_loss(model: nn.Module, ids: Sequence[Sequence[int]]) -> Tensor:
+    tokens, mask = _padded(ids)
+    scores = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]
+    wanted = tokens[:, 1:]
+    if mask is not None:
+        wanted = wanted.masked_fill(mask[:, 1:] == 0, -100)
+    return functional.cross_entropy(scores.transpose(1, 2), wanted, reduction="sum")
+
+
+def _padded(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """Tokens (n, longest) and their mask, None where nothing is padded."""
+    lengths = torch.tensor([len(row) for row in ids])
+    longest = int(lengths.max())
+    tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids])
+    if bool((lengths == longest).all()):
+        return tokens, None
+    return tokens, (torch.arange(longest) < lengths[:, None]).long()
+
+
+def _batches(lengths: Sequence[int], *, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    left = steps
+    while True:
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        for start in range(0, len(order), CHUNK * batch):
+            chunk = sorted(order[start : start + CHUNK * batch], key=lambda place: lengths[place])
+            parts = [chunk[first : first + batch] for first in range(0, len(chunk), batch)]
+            for part in torch.randperm(len(parts), generator=generator).tolist():
+                if left == 0:
+                    return
+                left -= 1
+                yield parts[part]
