@@ -110,7 +110,7 @@ def gated(
             f"a gate of shape {tuple(gate.shape)} for {slots} slots of a rank-{rank} adapter; "
             f"expected (batch, slots), and a rank that is a multiple of slots"
         )
-    spread = gate.repeat_interleave(rank // slots, dim=1)[:, None, :] if rank else gate
+    spread = gate.float().repeat_interleave(rank // slots, dim=1)[:, None, :] if rank else gate
     hooks = [
         foundation.model.get_submodule(layer).register_forward_hook(
             _gated_hook(a_cat[layer], b_cat[layer], spread, scale)

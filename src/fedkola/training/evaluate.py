@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedkola.errors import Incompatible
+from fedkola.errors import Incompatible, ModelMismatch
 from fedkola.training.adapters import A, B, adapted, gated
-from fedkola.training.fit import ROWS, logits, require_head
+from fedkola.training.fit import HEAD, ROWS, logits, require_head
 from fedkola.training.model import Foundation, encode
 from fedkola.training.threads import equal_lengths, filled, side_by_side
 from fedkola.types import Weights
@@ -33,21 +33,12 @@ def classify(
     of the head. Raises ModelMismatch and DataError.
     """
     require_head(weights, labels, len(texts))
-    ids = encode(foundation, texts)
-
-    def run(rows: list[int]) -> tuple[list[float], int]:
-        with torch.inference_mode():
-            states = model(input_ids=filled(ids, rows, ROWS)).last_hidden_state
-            scores = logits(states, None, weights)[: len(rows)]
-            wanted = torch.tensor([labels[row] for row in rows])
-            losses = functional.cross_entropy(scores, wanted, reduction="none")
-            return losses.tolist(), int((scores.argmax(dim=1) == wanted).sum())
-
-    with adapted(foundation, weights, scale=scale) as model, side_by_side() as each:
-        found = each(run, equal_lengths(ids, ROWS))
+    found = scores(foundation, weights, texts, scale=scale)
+    wanted = torch.tensor(labels, dtype=torch.long)
+    losses = functional.cross_entropy(found.double(), wanted, reduction="none")
     return {
-        "loss": math.fsum(loss for losses, _ in found for loss in losses),
-        "correct": float(sum(correct for _, correct in found)),
+        "loss": math.fsum(losses.tolist()),
+        "correct": float((found.argmax(dim=1) == wanted).sum()),
         "count": float(len(texts)),
     }
 
@@ -55,9 +46,14 @@ def classify(
 def scores(
     foundation: Foundation, weights: Weights, texts: Sequence[str], *, scale: float
 ) -> Tensor:
-    """Class scores (n, classes) float32 of every text, in the order of ``texts``."""
+    """The head's scores of every text, float32 of shape (n, classes); softmax gives p(class).
+
+    ``weights`` as in :func:`classify`; a row does not depend on the other texts.
+    """
+    if HEAD not in weights:
+        raise ModelMismatch(f"an encoder scores texts by {HEAD}, which is not among the tensors")
     ids = encode(foundation, texts)
-    out = torch.zeros(len(ids), len(weights["head.weight"]))
+    out = torch.zeros(len(ids), len(weights[HEAD]))
 
     def run(rows: list[int]) -> None:
         with torch.inference_mode():
@@ -91,10 +87,10 @@ def perplexity(
     def score(model: nn.Module, rows: list[int]) -> tuple[list[float], int]:
         tokens = filled(ids, rows, ROWS)
         with torch.inference_mode():
-            scores = model(input_ids=tokens, use_cache=False).logits[: len(rows), :-1]
+            found = model(input_ids=tokens, use_cache=False).logits[: len(rows), :-1]
             wanted = tokens[: len(rows), 1:]
-            losses = functional.cross_entropy(scores.transpose(1, 2), wanted, reduction="none")
-            return losses.flatten().tolist(), int((scores.argmax(dim=2) == wanted).sum())
+            losses = functional.cross_entropy(found.transpose(1, 2), wanted, reduction="none")
+            return losses.flatten().tolist(), int((found.argmax(dim=2) == wanted).sum())
 
     def score_gated(rows: list[int]) -> tuple[list[float], int]:
         assert gate is not None

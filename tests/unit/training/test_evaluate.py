@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedkola.errors import Incompatible
+from fedkola.errors import Incompatible, ModelMismatch
 from fedkola.training.adapters import combine, weights_template
-from fedkola.training.evaluate import classify, perplexity
+from fedkola.training.evaluate import classify, perplexity, scores
 from fedkola.training.features import embed
 from fedkola.training.model import Foundation, encode
 
@@ -35,6 +35,19 @@ def test_sums_of_parts_are_the_sum_of_the_whole_in_any_order(encoder: Foundation
     ]
     assert sum(part["correct"] for part in parts) == whole["correct"]
     assert sum(part["loss"] for part in parts) == pytest.approx(whole["loss"], rel=1e-12)
+
+
+def test_scores_are_the_heads_and_each_row_stands_alone(encoder: Foundation) -> None:
+    head = {
+        "head.weight": torch.randn(3, 16, generator=torch.Generator().manual_seed(0)),
+        "head.bias": torch.tensor([1.0, 0.0, -1.0]),
+    }
+    found = scores(encoder, head, TEXTS, scale=1.0)
+    by_hand = 16 * embed(encoder, TEXTS) @ head["head.weight"].T + head["head.bias"]
+    torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-4)
+    assert torch.equal(scores(encoder, head, TEXTS[2:3], scale=1.0)[0], found[2])
+    with pytest.raises(ModelMismatch, match=r"head\.weight"):
+        scores(encoder, {}, TEXTS, scale=1.0)
 
 
 def test_no_texts_score_nothing(encoder: Foundation) -> None:
