@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedkola.errors import Incompatible, ModelMismatch
-from fedkola.training.model import Foundation
+from fedkola.training.model import Foundation, require_bare
 from fedkola.types import Weights
 
 # Query and value projections by the last part of their names; fused ones are adapted whole.
@@ -64,8 +64,10 @@ def adapted(foundation: Foundation, weights: Weights, *, scale: float) -> Iterat
     """The model with y = W x + scale B (A x), while the block lasts; its parameters are frozen.
 
     Tensors of ``weights`` that are no factors are ignored; without factors it is the base itself.
-    One block at a time for one foundation. Raises ModelMismatch for factors that do not fit.
+    One block at a time for one foundation, else StepFailed. Raises ModelMismatch for factors
+    that do not fit.
     """
+    require_bare(foundation)
     rank = _rank(foundation, weights)
     if rank == 0:
         yield foundation.model
@@ -103,6 +105,7 @@ def gated(
     ``a_cat`` (slots r, d_in) and ``b_cat`` (d_out, slots r) by layer; ``gate`` (batch, slots)
     holds one row per text of every batch that is run. Raises ModelMismatch or Incompatible.
     """
+    require_bare(foundation)
     named = {layer + A: a for layer, a in a_cat.items()}
     rank = _rank(foundation, {**named, **{layer + B: b for layer, b in b_cat.items()}})
     if gate.ndim != 2 or gate.shape[1] != slots or rank % max(slots, 1):

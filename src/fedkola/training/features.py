@@ -16,13 +16,14 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedkola.errors import NotFinite
-from fedkola.training.model import Foundation, encode
+from fedkola.training.model import Foundation, encode, require_bare
 from fedkola.training.threads import equal_lengths, filled, side_by_side
 
 # 8 rows cost 15 % more per token than 32, but a window of 500 texts has about 35 different
@@ -40,8 +41,9 @@ def embed(foundation: Foundation, texts: Sequence[str], *, batch: int = ROWS) ->
     The mean over a text's tokens of the last hidden state (encoder) or of the middle layer's
     states (causal). A row has the same bits whatever the other texts and the number of threads
     are, for one ``batch``; a text without tokens gives zeros. Raises NotFinite if the base
-    overflows.
+    overflows, and StepFailed within an ``adapted`` block.
     """
+    require_bare(foundation)
     ids = encode(foundation, texts)
     out = torch.zeros(len(ids), foundation.width)
 
@@ -69,7 +71,8 @@ class FeatureCache:
     A file holds up to 4,096 texts' integers under a checksum and appears whole or not at all, so
     a killed process loses one file's work at most and several processes may share a folder. A
     file that does not match its checksum is deleted, reported in ``damaged`` and to the log, and
-    its texts are embedded again when they are next asked for.
+    its texts are embedded again when they are next asked for. A folder that cannot be written is
+    reported to the log, and the cache goes on in memory.
     """
 
     def __init__(self, foundation: Foundation, folder: Path | None = None) -> None:
@@ -96,10 +99,18 @@ class FeatureCache:
             found = integer_embeddings(embed(self.foundation, [text for _, text in part])).numpy()
             self._rows.update(zip((key for key, _ in part), found, strict=True))
             if self.folder is not None:
-                _write(self.folder, [key for key, _ in part], found)
+                self._keep([key for key, _ in part], found)
         if not keys:
             return torch.zeros(0, self.foundation.width, dtype=torch.int16)
         return torch.from_numpy(np.stack([self._rows[key] for key in keys]))
+
+    def _keep(self, keys: Sequence[bytes], rows: np.ndarray) -> None:
+        assert self.folder is not None
+        try:
+            _write(self.folder, keys, rows)
+        except OSError as error:
+            _log.warning("features stay in memory, %s cannot be written: %s", self.folder, error)
+            self.folder = None
 
     def _key(self, text: str) -> bytes:
         recipe = f"{self.foundation.hash}/{self.foundation.max_tokens}/{ROWS}".encode()
@@ -134,8 +145,11 @@ def _write(folder: Path, keys: Sequence[bytes], rows: np.ndarray) -> None:
     digest = hashlib.sha256(body)
     path = folder / f"{digest.hexdigest()}.features"
     unfinished = folder / f"{digest.hexdigest()}.{os.getpid()}.unfinished"
-    unfinished.write_bytes(body + digest.digest())
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(body + digest.digest())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _entries(content: bytes, width: int) -> Iterator[tuple[bytes, np.ndarray]]:
@@ -161,8 +175,8 @@ def _states(foundation: Foundation, ids: Tensor) -> Tensor:
     if foundation.kind == "encoder":
         states: Tensor = foundation.model(input_ids=ids).last_hidden_state
         return states
-    seen = foundation.model(
-        input_ids=ids, output_hidden_states=True, use_cache=False, logits_to_keep=1
-    ).hidden_states
+    # Without its language head, which would be most of the work for a large vocabulary.
+    decoder: Any = foundation.model.base_model
+    seen = decoder(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
     middle: Tensor = seen[len(seen) // 2]
     return middle

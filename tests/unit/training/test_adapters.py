@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fedkola.errors import Incompatible, ModelMismatch
+from fedkola.errors import Incompatible, ModelMismatch, StepFailed
 from fedkola.training.adapters import (
     adapted,
     combine,
@@ -16,6 +16,7 @@ from fedkola.training.adapters import (
     targets,
     weights_template,
 )
+from fedkola.training.features import embed
 from fedkola.training.model import Foundation
 
 IDS = torch.tensor([[2, 5, 7, 3], [2, 8, 9, 3]])
@@ -106,6 +107,19 @@ def test_the_base_has_the_same_bits_and_layers_after_an_adapted_block(encoder: F
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert [(name, type(module)) for name, module in encoder.model.named_modules()] == layers
     assert torch.equal(hidden(encoder.model), states)
+
+
+def test_the_frozen_base_cannot_be_embedded_with_while_it_carries_an_adapter(
+    encoder: Foundation,
+) -> None:
+    with adapted(encoder, trained(encoder, rank=2, seed=1), scale=2.0):
+        with pytest.raises(StepFailed, match="carries an adapter"):
+            embed(encoder, ["acute fever"])
+        with (
+            pytest.raises(StepFailed, match="carries an adapter"),
+            adapted(encoder, {}, scale=1.0),
+        ):
+            pass
 
 
 def test_no_factors_leave_the_base_as_it_is(encoder: Foundation) -> None:

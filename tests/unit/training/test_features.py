@@ -123,6 +123,19 @@ def test_a_file_left_unfinished_by_a_killed_process_is_ignored(
     assert (len(cache), cache.damaged) == (0, ())
 
 
+def test_a_folder_that_cannot_be_written_is_reported_and_the_cache_goes_on(
+    encoder: Foundation, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cache"
+    cache = FeatureCache(encoder, folder)
+    folder.rmdir()
+    folder.write_text("a file where the folder was")
+    found = cache.integers(TEXTS)
+    assert torch.equal(found, integer_embeddings(embed(encoder, TEXTS)))
+    assert "features stay in memory" in caplog.text
+    assert torch.equal(cache.integers(TEXTS[:2]), found[:2])
+
+
 def test_models_and_lengths_do_not_share_entries(
     encoder: Foundation, encoder_folder: Path, stories: Foundation, tmp_path: Path
 ) -> None:
