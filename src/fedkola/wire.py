@@ -1,7 +1,8 @@
 """Messages to bytes and back; real numbers to integers and back; states to documents and back.
 
-A message is ``FKW1 | header length (u32) | JSON header | safetensors body``. Nothing else is ever
-read from a peer: no pickle, no code, no file names. Lengths are checked before anything is parsed.
+A message is ``FKW1 | header length (u32) | CRC-32 of the rest (u32) | JSON header | safetensors
+body``. Nothing else is ever read from a peer: no pickle, no code, no file names. Lengths are
+checked before anything is parsed; the checksum finds accidents, authenticity is the transport's.
 
 Addends become words of the ring Z_2^word by ``round_half_even(v * 2^scale)``; an integer tensor
 passes with scale 0. A value that is not finite, or so large that the sum over the cohort could
@@ -14,6 +15,7 @@ import math
 import struct
 import types
 import typing
+import zlib
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any, TypeVar, cast
@@ -31,7 +33,7 @@ from fedkola.errors import (
     VersionMismatch,
     WireError,
 )
-from fedkola.types import Aggregate, Broadcast, Cohort, Grid, Reply, Update, Weights
+from fedkola.types import Aggregate, Broadcast, Cohort, Grid, Reply, Scalar, Update, Weights
 
 VERSION = 1
 MAGIC = b"FKW"
@@ -39,8 +41,10 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_BODY_BYTES = 1 << 34
 MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
+MAX_FRACTION = 62
 WEIGHT = "weight"
 METRIC = "metric/"
+_PREFIX = struct.Struct("<4sII")
 _WORDS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 T = TypeVar("T")
 
@@ -67,20 +71,17 @@ def pack_broadcast(broadcast: Broadcast) -> bytes:
 def unpack_broadcast(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Broadcast:
     """Raises WireError or VersionMismatch for anything that ``pack_broadcast`` did not write."""
     header, tensors = _unframe(message, "broadcast", max_bytes)
-    try:
-        return Broadcast(
-            run=str(header["run"]),
-            round=int(header["round"]),
-            seed=int(header["seed"]),
-            step=str(header["step"]),
-            cohort=tuple(map(str, header["cohort"])),
-            tensors=tensors,
-            grid=_grid(header["grid"]),
-            algorithm=dict(header["algorithm"]),
-            guards=tuple(dict(guard) for guard in header["guards"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise WireError(f"broadcast header is malformed: {error!r}; drop the message") from error
+    return Broadcast(
+        run=_field(header, "run", str),
+        round=_field(header, "round", int),
+        seed=_field(header, "seed", int),
+        step=_field(header, "step", str),
+        cohort=tuple(_each(header, "cohort", str)),
+        tensors=tensors,
+        grid=_grid(_field(header, "grid", dict)),
+        algorithm=_spec(_field(header, "algorithm", dict)),
+        guards=tuple(map(_spec, _each(header, "guards", dict))),
+    )
 
 
 def pack_reply(reply: Reply) -> bytes:
@@ -92,10 +93,9 @@ def pack_reply(reply: Reply) -> bytes:
 def unpack_reply(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Reply:
     """Raises WireError or VersionMismatch for anything that ``pack_reply`` did not write."""
     header, words = _unframe(message, "reply", max_bytes)
-    try:
-        return Reply(client=str(header["client"]), words=words, refused=str(header["refused"]))
-    except KeyError as error:
-        raise WireError(f"reply header lacks {error}; drop the message") from error
+    return Reply(
+        client=_field(header, "client", str), words=words, refused=_field(header, "refused", str)
+    )
 
 
 # --- reals and integers ---------------------------------------------------------------------------
@@ -105,59 +105,78 @@ def words(update: Update, grid: Grid, cohort: Cohort) -> dict[str, Tensor]:
     """The integer addend of one site: every tensor, the weight and every metric.
 
     Raises NotFinite for NaN or infinity, GridOverflow if ``len(cohort)`` such addends could leave
-    the word, WireError for a name that the grid does not list.
+    the word, WireError unless the grid lists exactly the names of the answer.
     """
     reals: dict[str, Tensor] = dict(update.tensors)
     reals[WEIGHT] = torch.tensor(update.weight, dtype=torch.float64)
     for name, value in update.metrics.items():
         reals[METRIC + name] = torch.tensor(value, dtype=torch.float64)
+    if set(reals) != set(grid.scale):
+        odd = sorted(set(reals) ^ set(grid.scale))[:3]
+        raise WireError(f"the answer and its grid differ in the names {odd}; answer what is asked")
     return {name: _quantise(name, value, grid, len(cohort)) for name, value in reals.items()}
 
 
 def total(replies: Iterable[Reply], grid: Grid, cohort: Cohort) -> Aggregate:
     """Add the words of all answering sites; refusals are left out and not in its ``cohort``.
 
-    Replies are consumed one by one, so memory does not grow with the cohort. Raises
-    CohortTooSmall if nobody answered, WireError if two answers differ in names or shapes.
+    Replies are consumed one by one, so memory does not grow with the cohort. The grid does not fix
+    shapes: where they differ, those of most sites count and the others are left out, so that one
+    site can neither spoil a sum nor decide it by answering first. Raises CohortTooSmall if nobody
+    answered, WireError if no shapes are those of most.
     """
-    running: dict[str, Tensor] = {}
-    answered: list[str] = []
+    sums: dict[tuple[tuple[str, torch.Size], ...], tuple[dict[str, Tensor], list[str]]] = {}
     for reply in replies:
         if reply.refused:
             continue
-        if not answered:
-            running = {name: value.clone() for name, value in reply.words.items()}
+        shapes = tuple(sorted((name, value.shape) for name, value in reply.words.items()))
+        if shapes not in sums:
+            sums[shapes] = ({name: value.clone() for name, value in reply.words.items()}, [])
         else:
-            check_alike(running, reply)
             for name, value in reply.words.items():
-                running[name] += value
-        answered.append(reply.client)
-    if not answered:
+                sums[shapes][0][name] += value
+        sums[shapes][1].append(reply.client)
+    if not sums:
         raise CohortTooSmall(
             f"none of the {len(cohort)} sites asked answered; look at the refusals of this round"
         )
+    ranked = sorted(sums.values(), key=lambda found: -len(found[1]))
+    words, answered = ranked[0]
+    if len(ranked) > 1 and len(ranked[1][1]) == len(answered):
+        raise WireError(
+            f"{answered} and {ranked[1][1]} answered in different shapes and none of them are "
+            "most of the sites; nothing is summed"
+        )
     order = tuple(name for name in cohort if name in set(answered))
-    return Aggregate(cohort=order, words=running, grid=grid)
+    return Aggregate(cohort=order, words=words, grid=grid)
 
 
-def check_alike(expected: Weights, reply: Reply) -> None:
-    """Raises WireError unless a reply has exactly the expected names, shapes and dtypes."""
-    if set(reply.words) != set(expected):
-        extra = sorted(set(reply.words) ^ set(expected))[:3]
-        raise WireError(f"{reply.client} answered with other tensor names: {extra}; not summed")
+def check_grid(reply: Reply, grid: Grid) -> None:
+    """Raises WireError unless an answer has exactly the grid's names, in words of its size."""
+    if set(reply.words) != set(grid.scale):
+        odd = sorted(set(reply.words) ^ set(grid.scale))[:3]
+        raise WireError(f"{reply.client} answered with other names than asked: {odd}; not summed")
     for name, value in reply.words.items():
-        if value.shape != expected[name].shape or value.dtype != expected[name].dtype:
+        if value.dtype != _WORDS[grid.word]:
             raise WireError(
-                f"{reply.client} sent {name} as {value.dtype} {tuple(value.shape)}, expected "
-                f"{expected[name].dtype} {tuple(expected[name].shape)}; not summed"
+                f"{reply.client} sent {name} as {value.dtype}, asked for {_WORDS[grid.word]}; "
+                "not summed"
             )
 
 
 def add(left: Aggregate, right: Aggregate) -> Aggregate:
-    """The sum of two sums over the same names and grid; removal adds a negative."""
-    if left.grid != right.grid or set(left.words) != set(right.words):
-        raise WireError("two sums of different grids or names cannot be added")
+    """The sum of two sums over the same names and grid; removal adds a negative.
+
+    Raises WireError if they do not belong together, GridOverflow if the sum leaves its word.
+    """
+    shapes = [{name: value.shape for name, value in side.words.items()} for side in (left, right)]
+    if left.grid != right.grid or shapes[0] != shapes[1]:
+        raise WireError("two sums of different grids, names or shapes cannot be added")
     summed = {name: value + right.words[name] for name, value in left.words.items()}
+    for name, value in summed.items():
+        # A sum wrapped if and only if its sign differs from that of both its terms.
+        if bool((((left.words[name] ^ value) & (right.words[name] ^ value)) < 0).any()):
+            raise GridOverflow(f"{name} leaves its word of {left.grid.word} bits; use a larger one")
     return dataclasses.replace(left, words=summed)
 
 
@@ -222,7 +241,7 @@ def load(kind: type[T], document: Mapping[str, Any], tensors: Weights) -> T:
     """The inverse of ``dump`` for a dataclass type; raises LedgerError if they do not fit."""
     try:
         return cast(T, _from_document(kind, document, tensors))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise LedgerError(
             f"the saved state does not fit {kind.__name__} ({error!r}); it was written by another "
             "version of fedkola or altered; resume with that version"
@@ -237,46 +256,82 @@ def _grid_document(grid: Grid) -> dict[str, Any]:
 
 
 def _grid(document: Mapping[str, Any]) -> Grid:
-    if document["word"] not in _WORDS:
-        raise ValueError(f"word {document['word']!r} is not one of {sorted(_WORDS)}")
-    scale = {str(name): int(bits) for name, bits in document["scale"].items()}
-    return Grid(word=document["word"], bits=int(document["bits"]), scale=scale)
+    word, bits = _field(document, "word", int), _field(document, "bits", int)
+    scale = _field(document, "scale", dict)
+    if word not in _WORDS or not 1 <= bits <= word:
+        raise WireError(f"a grid of {bits} bits in words of {word}; drop the message")
+    if not all(type(f) is int and 0 <= f <= MAX_FRACTION for f in scale.values()):
+        raise WireError(f"a scale outside 0..{MAX_FRACTION} fractional bits; drop the message")
+    return Grid(word=cast(Any, word), bits=bits, scale=scale)
+
+
+def _field(document: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    """The header's field, if it is there and exactly of this type (a bool is no int)."""
+    value = document.get(name)
+    if type(value) is not kind:
+        raise WireError(f"{name} is {value!r:.80}, expected {kind.__name__}; drop the message")
+    return value
+
+
+def _each(document: Mapping[str, Any], name: str, kind: type[T]) -> list[T]:
+    values = _field(document, name, list)
+    return [_field({name: value}, name, kind) for value in values]
+
+
+def _spec(document: Mapping[str, Any]) -> dict[str, Scalar]:
+    if not all(
+        value is None or isinstance(value, str | int | float) for value in document.values()
+    ):
+        raise WireError(f"{document!r:.80} holds more than plain values; drop the message")
+    return dict(document)
 
 
 def _frame(header: Mapping[str, Any], tensors: Weights) -> bytes:
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     if len(text) > MAX_HEADER_BYTES:
         raise WireError(f"header of {len(text)} bytes, at most {MAX_HEADER_BYTES} are allowed")
+    _check_counts(tensors)
+    seen: set[int] = set()
+    alone: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        if value.dim() > MAX_DIMENSIONS:
-            raise WireError(f"{name} has {value.dim()} dimensions, at most {MAX_DIMENSIONS}")
-    body = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
-    prefix = MAGIC + str(VERSION).encode() + struct.pack("<I", len(text))
-    return b"".join((prefix, text, body))
+        # safetensors refuses two names for one storage.
+        place = value.untyped_storage().data_ptr()
+        alone[name] = value.clone().contiguous() if place in seen else value.contiguous()
+        seen.add(place)
+    body = safetensors.torch.save(alone)
+    crc = zlib.crc32(body, zlib.crc32(text))
+    return b"".join((_PREFIX.pack(MAGIC + str(VERSION).encode(), len(text), crc), text, body))
 
 
 def _unframe(message: bytes, kind: str, max_bytes: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if len(message) > max_bytes + MAX_HEADER_BYTES + 8:
-        raise WireError(f"message of {len(message)} bytes, at most {max_bytes} are allowed")
-    if len(message) < 8 or message[:3] != MAGIC:
+    start = _PREFIX.size
+    if len(message) < start or message[:3] != MAGIC:
         raise WireError("these bytes are not a fedkola message; drop them")
     if message[3:4] != str(VERSION).encode():
         raise VersionMismatch(
             f"wire version {message[3:4]!r}, this side speaks {VERSION}; upgrade the older side"
         )
-    (length,) = struct.unpack("<I", message[4:8])
-    if length > MAX_HEADER_BYTES or 8 + length > len(message):
+    _, length, crc = _PREFIX.unpack_from(message)
+    if length > MAX_HEADER_BYTES or start + length > len(message):
         raise WireError(f"header length {length} does not fit the message; drop it")
+    if len(message) - start - length > max_bytes:
+        raise WireError(f"message of {len(message)} bytes, at most {max_bytes} are allowed")
+    if zlib.crc32(memoryview(message)[start:]) != crc:
+        raise WireError("the message was cut or altered on its way; drop it and ask again")
     try:
-        header = json.loads(message[8 : 8 + length])
-        tensors = safetensors.torch.load(message[8 + length :])
+        header = json.loads(message[start : start + length])
+        tensors = safetensors.torch.load(message[start + length :])
     except (ValueError, RecursionError, SafetensorError, KeyError) as error:
         raise WireError(f"message cannot be decoded ({type(error).__name__}); drop it") from error
     if not isinstance(header, dict) or header.get("kind") != kind:
         raise WireError(f"expected a {kind}, got another message; drop it")
+    _check_counts(tensors)
+    return header, tensors
+
+
+def _check_counts(tensors: Weights) -> None:
     if len(tensors) > MAX_TENSORS or any(t.dim() > MAX_DIMENSIONS for t in tensors.values()):
         raise WireError(f"more than {MAX_TENSORS} tensors or {MAX_DIMENSIONS} dimensions; drop it")
-    return header, tensors
 
 
 def _fraction(grid: Grid, name: str) -> int:
@@ -312,6 +367,8 @@ def _check_limit(name: str, largest: float, limit: int, cohort: int) -> None:
 
 def _to_document(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
+        if place in tensors:
+            raise LedgerError(f"two tensors of a state have one place, {place}; rename a key")
         tensors[place] = value
         return {"tensor": place}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -4,12 +4,15 @@ Every question is packed to bytes once; every site unpacks it, answers in bytes,
 added one reply at a time, so memory does not grow with the cohort.
 """
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 
 from fedkola import wire
-from fedkola.errors import EngineError, Unreachable
-from fedkola.types import Aggregate, Broadcast, Cohort, Reply, Tally, Update
+from fedkola.errors import EngineError, Unreachable, WireError
+from fedkola.types import Aggregate, Broadcast, Cohort, Grid, Reply, Tally, Update
+
+logger = logging.getLogger(__name__)
 
 Answer = Callable[[bytes], bytes]
 
@@ -39,10 +42,14 @@ class InProcess:
         if self._arrival:
             self._arrival.shuffle(order)
         for name in order:
-            yield self._ask(name, message)
+            yield self._ask(name, message, broadcast.grid)
 
     def sum(self, cohort: Cohort, broadcast: Broadcast) -> Aggregate:
-        return wire.total(self.replies(cohort, broadcast), broadcast.grid, cohort)
+        found = wire.total(self.replies(cohort, broadcast), broadcast.grid, cohort)
+        for name in cohort:
+            if name not in found.cohort:
+                self._refused.setdefault(name, "WireError")
+        return found
 
     def each(self, cohort: Cohort, broadcast: Broadcast) -> Iterator[Update]:
         for reply in self.replies(cohort, broadcast):
@@ -56,22 +63,29 @@ class InProcess:
         self._refused = {}
         return found
 
-    def _ask(self, name: str, message: bytes) -> Reply:
-        if name not in self._sites:
-            reply = Reply(client=name, refused="Unreachable")
-        else:
-            self._down += len(message)
-            answer = self._sites[name](message)
-            self._up += len(answer)
-            reply = self._read(name, answer)
+    def _ask(self, name: str, message: bytes, grid: Grid) -> Reply:
+        """One site's answer; what goes wrong is a refusal of that site, never of the round."""
+        try:
+            reply = self._read(name, message, grid)
+        except EngineError as error:
+            logger.warning("site %s: %s: %s", name, type(error).__name__, error)
+            reply = Reply(client=name, refused=type(error).__name__)
         if reply.refused:
             self._refused[name] = reply.refused
         return reply
 
-    def _read(self, name: str, answer: bytes) -> Reply:
-        """A malformed answer is a refusal of that site, never an error of the round."""
+    def _read(self, name: str, message: bytes, grid: Grid) -> Reply:
+        if name not in self._sites:
+            raise Unreachable(f"no site {name!r}")
+        self._down += len(message)
         try:
-            reply = wire.unpack_reply(answer)
-        except EngineError as error:
-            return Reply(client=name, refused=type(error).__name__)
-        return reply if reply.client == name else Reply(client=name, refused="WireError")
+            answer = self._sites[name](message)
+        except Exception as error:  # a site answers bytes; one that raises is as good as gone
+            raise Unreachable(f"it raised {error!r}") from error
+        self._up += len(answer)
+        reply = wire.unpack_reply(answer)
+        if reply.client != name:
+            raise WireError(f"it answered as {reply.client!r:.80}")
+        if not reply.refused:
+            wire.check_grid(reply, grid)
+        return reply
