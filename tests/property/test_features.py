@@ -10,32 +10,11 @@ from hypothesis import strategies as st
 from fedkola.training.features import embed
 from fedkola.training.model import Foundation, load
 
-WORDS = [
-    "fracture",
-    "of",
-    "shaft",
-    "left",
-    "femur",
-    "unspecified",
-    "encounter",
-    "for",
-    "closed",
-    "with",
-    "malunion",
-    "acute",
-    "chronic",
-    "Salmonella",
-    "meningitis",
-    "type",
-    "2",
-    "diabetes",
-    "mellitus,",
-    "(suspected)",
-    "sequela",
-    "é",
-    "ü",
-    "37.5",
-]
+TEXT = (
+    "fracture of shaft left femur unspecified encounter for closed with malunion acute chronic "
+    "Salmonella meningitis type 2 diabetes mellitus, (suspected) sequela é ü 37.5"
+)
+WORDS = TEXT.split()
 
 
 @functools.cache

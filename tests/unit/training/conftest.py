@@ -9,42 +9,11 @@ from transformers import BertConfig, BertModel
 
 from fedkola.training.model import Foundation, load
 
-WORDS = [
-    "[PAD]",
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "[MASK]",
-    "acute",
-    "chronic",
-    "fever",
-    "fracture",
-    "of",
-    "left",
-    "right",
-    "arm",
-    "leg",
-    "heart",
-    "lung",
-    "kidney",
-    "failure",
-    "with",
-    "without",
-    "and",
-    "infection",
-    "due",
-    "to",
-    "other",
-    "unspecified",
-    "##s",
-    "##al",
-    ",",
-    "a",
-    "b",
-    "c",
-    "d",
-    "e",
-]
+TEXT = (
+    "[PAD] [UNK] [CLS] [SEP] [MASK] acute chronic fever fracture of left right arm leg heart lung "
+    "kidney failure with without and infection due to other unspecified ##s ##al , a b c d e"
+)
+WORDS = TEXT.split()
 
 
 def write_encoder(folder: Path, *, seed: int = 0) -> Path:
