@@ -16,8 +16,11 @@ import torch
 
 from fedkola import wire
 from fedkola.algorithms import ALGORITHMS
+from fedkola.algorithms.fedit import FedIT
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
+from fedkola.algorithms.joint import Joint
+from fedkola.algorithms.local import Local
 from fedkola.client import Site, Trainer
 from fedkola.engines import ENGINES
 from fedkola.errors import CohortTooSmall, Incompatible, KnowledgeError, UnknownName
@@ -187,17 +190,16 @@ def build(plan: Plan, catalogue: Catalogue, trainer: Trainer, level: int) -> Alg
             targets=trainer.targets,
         )
     if a.name == "local":
-        return ALGORITHMS["local"](
+        return Local(
             features=k.features,
             bits=k.bits,
             feature_seed=k.basis_seed,
             rule=rule,
             catalogue=catalogue,
         )
-    iterated = {"epochs": a.epochs, "batch": a.batch, "lr": a.lr, "level": level}
     if a.name == "fedit":
-        return ALGORITHMS["fedit"](**iterated, exchanges=a.exchanges)
-    return ALGORITHMS["joint"](**iterated)
+        return FedIT(epochs=a.epochs, batch=a.batch, lr=a.lr, level=level, exchanges=a.exchanges)
+    return Joint(epochs=a.epochs, batch=a.batch, lr=a.lr, level=level)
 
 
 def initial_weights(federation: Federation) -> Weights:
@@ -224,9 +226,10 @@ def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: P
     state, done = load_state(federation, ledger)
     state = _due(federation, ledger, state, done)
     for number in range(done + 1, federation.rounds + 1):
-        began = time.perf_counter()
         cohort = draw(federation, number)
+        began, cpu_began = time.perf_counter(), time.process_time()
         after = algorithm.round(number, state, cohort, clients)
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
         tally = clients.tally()
         report = Report(
             round=number,
@@ -235,7 +238,8 @@ def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: P
             metrics=observe(number, after),
             bytes_down=tally.bytes_down,
             bytes_up=tally.bytes_up,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
         )
         document, tensors = wire.dump(after)
         events = algorithm.events(state, after) if isinstance(algorithm, FedKoLa) else ()

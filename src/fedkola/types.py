@@ -280,7 +280,8 @@ Rule = Callable[[Sequence[Aggregate]], Weights]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """One row per round, the same for every engine."""
+    """One row per round, the same for every engine. Times are those of the exchanges alone, in
+    seconds of the clock and of all processor cores together; measuring is not counted."""
 
     round: int
     cohort: Cohort
@@ -289,6 +290,7 @@ class Report:
     bytes_down: int
     bytes_up: int
     seconds: float
+    cpu_seconds: float
 
 
 Event = Mapping[str, Any]

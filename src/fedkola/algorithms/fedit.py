@@ -42,9 +42,9 @@ class FedIT:
 
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
         """``exchanges`` times: everyone trains on its new records, the changes are averaged."""
-        scale = dict.fromkeys(state.weights, 20)
+        scale = dict.fromkeys(state.weights, 16)
         for exchange in range(self.exchanges):
-            asked = ask(self, "train", number, dict(state.weights), word=64, scale=scale)
+            asked = ask(self, "train", number, dict(state.weights), word=32, scale=scale)
             step = mean(clients.sum(cohort, replace(asked, seed=exchange)))
             state = State(weights={name: old + step[name] for name, old in state.weights.items()})
         return state

@@ -189,18 +189,19 @@ def scores(head: Head, z: Tensor, level: int) -> Tensor:
     return score
 
 
-def gated(view: View, modules: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A_cat (K r, d_in) and B_cat (d_out, K r) by layer, slots in the order of ``modules``."""
-    a_cat: dict[str, list[Tensor]] = {}
-    b_cat: dict[str, list[Tensor]] = {}
+def slots(view: View, modules: Sequence[str]) -> dict[str, Tensor]:
+    """One adapter of rank K r whose slots are these modules, in order: A stacked, B side by side.
+
+    A gate over slots turns it into the soft composition y = W x + s B_cat (g * (A_cat x)).
+    """
+    parts: dict[str, list[Tensor]] = {}
     for module in modules:
         for name, value in view.adapters[module].items():
-            layer, factor = name.rsplit(".", 1)
-            (a_cat if factor == "lora_A" else b_cat).setdefault(layer, []).append(value)
-    return (
-        {layer: torch.cat(parts, 0) for layer, parts in a_cat.items()},
-        {layer: torch.cat(parts, 1) for layer, parts in b_cat.items()},
-    )
+            parts.setdefault(name, []).append(value)
+    return {
+        name: torch.cat(values, 0 if name.endswith(".lora_A") else 1)
+        for name, values in parts.items()
+    }
 
 
 def to_tensors(view: View) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,0 +1,252 @@
+"""A run in its folder: start it, resume it, ask it, make it forget, export it."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedkola import server
+from fedkola.algorithms.fedkola import FedKoLa
+from fedkola.algorithms.fedkola import State as BankState
+from fedkola.errors import BasisMismatch, KnowledgeError, UnknownCell
+from fedkola.evaluation import answers, scoring, story, tasks
+from fedkola.evaluation.answers import Answer
+from fedkola.evaluation.report import render
+from fedkola.knowledge import views
+from fedkola.knowledge.forget import ForgetReceipt, Request
+from fedkola.knowledge.stream import Stream
+from fedkola.knowledge.views import View
+from fedkola.ledger import Ledger
+from fedkola.plan import Plan, dump, from_dict
+from fedkola.server import Federation
+from fedkola.training import adapters
+from fedkola.training.model import Foundation
+from fedkola.types import Report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One run folder, opened: ledger, sites, model and algorithm."""
+
+    plan: Plan
+    folder: Path
+    federation: Federation
+    ledger: Ledger
+
+
+def open_run(
+    plan: Plan,
+    folder: Path,
+    *,
+    cache: Path | None = None,
+    stream: Stream | None = None,
+    foundation: Foundation | None = None,
+) -> Session:
+    """A new run in ``folder``, or the same plan's run again.
+
+    The plan and its data are checked before anything is written. Raises PlanError or DataError,
+    LedgerError if the folder holds another run.
+    """
+    server.check(plan)
+    found = stream or tasks.load(plan)
+    federation = server.assemble(plan, found, folder, cache=cache, foundation=foundation)
+    ledger = Ledger.open(folder, create=True)
+    return Session(plan=plan, folder=folder, federation=federation, ledger=ledger)
+
+
+def resume(folder: Path, *, cache: Path | None = None) -> Session:
+    """The run that this folder holds, with the plan its ledger keeps; raises RunNotFound."""
+    ledger = Ledger.open(folder)
+    plan = from_dict(ledger.run().plan)
+    federation = server.assemble(plan, tasks.load(plan), folder, cache=cache)
+    return Session(plan=plan, folder=folder, federation=federation, ledger=ledger)
+
+
+def execute(session: Session, *, progress: Callable[[Report], None]) -> Any:
+    """All remaining rounds; then the view, the plan, ``result.json`` and ``report.html``."""
+    state = server.run(
+        session.federation, session.ledger, observe=observer(session), progress=progress
+    )
+    publish(session, state)
+    return state
+
+
+def observer(session: Session) -> server.Observe:
+    """Measures every round's state on the test records that may be asked by then."""
+    federation = session.federation
+    test = federation.stream.test
+
+    def observe(number: int, state: Any) -> Mapping[str, float]:
+        window = min(number, len(federation.stream.windows))
+        if federation.foundation.kind == "causal":
+            return scoring.perplexity(federation, state, test)
+        askable = scoring.askable(test, window)
+        found = scoring.accuracy(federation, state, askable, window=window)
+        metrics: dict[str, float] = {
+            "top1": found.top1,
+            "top5": found.top5,
+            "asked": found.asked,
+            "nodes": found.nodes,
+        }
+        for scope, (right, asked) in found.scopes.items():
+            metrics[f"right/{scope}"], metrics[f"asked/{scope}"] = right, asked
+        return metrics
+
+    return observe
+
+
+def publish(session: Session, state: Any, *, extra: Mapping[str, Any] | None = None) -> None:
+    """Write what a person and other programs read: view, plan, result and report."""
+    folder = session.folder
+    if isinstance(state, BankState) and state.bank.cells:
+        algorithm = _bank_algorithm(session)
+        provenance = {
+            "run": session.plan.run.name,
+            "round": state.number,
+            "chain_head": session.ledger.verify(session.plan.run.name),
+            "base": session.federation.foundation.hash,
+            "calibration": asdict(state.calibration),
+        }
+        views.save(algorithm.view(state), folder / "view", provenance)
+    _write(folder / "plan.toml", dump(session.plan))
+    document = {**story.document(session.federation, session.ledger, state), **(extra or {})}
+    _write(folder / "result.json", json.dumps(document, indent=1, sort_keys=True))
+    _write(folder / "report.html", render(document))
+
+
+def result(session: Session) -> dict[str, Any]:
+    """The document that was last written to ``result.json``."""
+    found: dict[str, Any] = json.loads((session.folder / "result.json").read_text("utf-8"))
+    return found
+
+
+def predict(
+    session: Session,
+    texts: Sequence[str],
+    *,
+    top_k: int = 5,
+    level: str = "",
+    valid_at: float | None = None,
+    known_at: int | None = None,
+    held: Sequence[str] | None = None,
+) -> tuple[Answer, ...]:
+    """Codes for texts, from the last committed state, as of a time and with the held modules."""
+    state, algorithm = _bank_state(session), _bank_algorithm(session)
+    modules = None if held is None else _modules(state, held)
+    view = algorithm.view(state, valid_at=valid_at, known_at=known_at, held=modules)
+    whole = algorithm.view(state, valid_at=valid_at, known_at=known_at)
+    names = session.federation.stream.windows
+    last = min(known_at or state.number, state.number)
+    moment = names[last - 1] if 0 < last <= len(names) else f"round {last}"
+    return answers.answer(
+        session.federation,
+        view,
+        texts,
+        temperature=state.calibration.temperature,
+        unknown=state.calibration.unknown,
+        whole=whole,
+        as_of=moment if valid_at is None else f"{moment}, valid at {valid_at:g}",
+        top_k=top_k,
+        level=level,
+    )
+
+
+def view(
+    session: Session,
+    *,
+    valid_at: float | None = None,
+    known_at: int | None = None,
+    held: Sequence[str] | None = None,
+) -> View:
+    """The view of the last committed state, as of a world time and a knowledge time."""
+    state = _bank_state(session)
+    modules = None if held is None else _modules(state, held)
+    return _bank_algorithm(session).view(state, valid_at=valid_at, known_at=known_at, held=modules)
+
+
+def forget(session: Session, request: Request, *, recount: bool) -> ForgetReceipt:
+    """Remove a site, a patient or a record, and write the view and the report anew."""
+    receipt = server.remove(session.federation, session.ledger, request, recount=recount)
+    publish(session, _bank_state(session))
+    return receipt
+
+
+def export(session: Session, to: Path, *, modules: Sequence[str] = ()) -> Path:
+    """Write the bank as a folder that ``peft`` loads, with head, router and provenance beside it.
+
+    Modules are composed with a flat gate (each weighs 1/K), which is what the router says when it
+    knows nothing. Raises UnknownCell for an unknown module, BasisMismatch without LoRA cells or
+    if ``to`` is not empty.
+    """
+    state, algorithm = _bank_state(session), _bank_algorithm(session)
+    whole = algorithm.view(state)
+    chosen = _modules(state, modules) if modules else tuple(whole.adapters)
+    if not chosen or any(module not in whole.adapters for module in chosen):
+        raise BasisMismatch(
+            "this bank has no LoRA cells of these modules, and peft loads nothing else; add "
+            '"lora" to knowledge.lanes and run again'
+        )
+    if to.exists() and any(to.iterdir()):
+        raise BasisMismatch(f"{to} is not empty; give a new folder")
+    share = 1 / len(chosen)
+    adapter = adapters.combine([(whole.adapters[module], share) for module in chosen])
+    adapters.export_peft(
+        session.federation.foundation, adapter, scale=session.federation.trainer.scale, folder=to
+    )
+    provenance = {
+        "run": session.plan.run.name,
+        "round": state.number,
+        "base": session.federation.foundation.hash,
+        "modules": list(chosen),
+        "gate": share,
+        "calibration": asdict(state.calibration),
+        "exported": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    views.save(whole, to / "view", provenance)
+    _write(to / "provenance.json", json.dumps({**provenance, "view": whole.id}, indent=1))
+    return to
+
+
+# --- private --------------------------------------------------------------------------------------
+
+
+def _bank_algorithm(session: Session) -> FedKoLa:
+    algorithm = session.federation.algorithm
+    if not isinstance(algorithm, FedKoLa):
+        raise KnowledgeError(
+            f"this run used {session.plan.algorithm.name}, which keeps no knowledge bank"
+        )
+    return algorithm
+
+
+def _bank_state(session: Session) -> BankState:
+    _bank_algorithm(session)
+    state, number = server.load_state(session.federation, session.ledger)
+    assert isinstance(state, BankState)
+    if not number or not state.bank.cells:
+        raise UnknownCell(
+            f"the bank in {session.folder} is still empty; run more rounds with "
+            f"`fedkola run --resume {session.folder}`"
+        )
+    return state
+
+
+def _modules(state: BankState, names: Sequence[str]) -> tuple[str, ...]:
+    """Module ids from module ids or scopes."""
+    found = []
+    for name in names:
+        match = [m.id for m in state.bank.modules if name in (m.id, m.scope)]
+        if not match:
+            known = ", ".join(m.scope for m in state.bank.modules)
+            raise UnknownCell(f"no module {name!r}; this bank has {known}")
+        found += match
+    return tuple(found)
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
