@@ -7,6 +7,7 @@ an error stays in the site's own log.
 """
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -153,12 +154,14 @@ class Site:
             raise DataError(f"this is {self.name}, the request is for {request.site}")
         chosen = forget.concerned(self.store, request)
         forget.post(self.store, request)
+        # Answers to a round that is not committed hold the records; they are computed anew.
+        self._drop_outbox()
         return chosen
 
     def settle(self, request: forget.Request) -> None:
         """Delete what the site kept about removed records, after the bank has changed."""
         forget.settle(self.store, request)
-        shutil.rmtree(self.store / "outbox", ignore_errors=True)
+        self._drop_outbox()
 
     # --- private ----------------------------------------------------------------------------------
 
@@ -173,15 +176,23 @@ class Site:
         return int.from_bytes(digest[:8], "little") >> 2
 
     def _outbox(self, asked: Broadcast, message: bytes) -> Path:
-        """Where the answer to this question is kept; answers of earlier rounds are dropped."""
+        """Where the answer to this question is kept.
+
+        Answers of earlier rounds are dropped, and those of this round to another cohort: a round
+        that is voted on again with fewer sites starts over, in the journal too.
+        """
         folder = self.store / "outbox"
-        name = f"{asked.round:06d}-{asked.step}-{hashlib.sha256(message).hexdigest()[:32]}"
-        current = folder / f"{asked.round:06d}"
+        cohort = hashlib.sha256(json.dumps(asked.cohort).encode()).hexdigest()[:16]
+        current = folder / f"{cohort}-{asked.round}"
         if folder.exists():
             for old in folder.iterdir():
-                if old.name < current.name:
-                    shutil.rmtree(old, ignore_errors=True)
-        return current / name
+                if old != current and int(old.name.split("-", 1)[1]) <= asked.round:
+                    shutil.rmtree(old)
+        return current / hashlib.sha256(message).hexdigest()
+
+    def _drop_outbox(self) -> None:
+        if (self.store / "outbox").exists():
+            shutil.rmtree(self.store / "outbox")
 
     def _log(self, text: str) -> None:
         logger.warning("site %s: %s", self.name, text)

@@ -7,6 +7,7 @@ any instant leaves round n or round n + 1, and resuming gives the bits of an und
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
@@ -23,7 +24,13 @@ from fedkola.algorithms.joint import Joint
 from fedkola.algorithms.local import Local
 from fedkola.client import Site, Trainer
 from fedkola.engines import ENGINES
-from fedkola.errors import CohortTooSmall, Incompatible, KnowledgeError, UnknownName
+from fedkola.errors import (
+    CohortTooSmall,
+    Incompatible,
+    KnowledgeError,
+    UnknownCell,
+    UnknownName,
+)
 from fedkola.knowledge import availability, basis, forget, statistics
 from fedkola.knowledge.forget import CellOutcome, ForgetReceipt, Request
 from fedkola.knowledge.stream import Stream
@@ -217,12 +224,13 @@ def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: P
     """All rounds from the last committed one on; returns the final state.
 
     ``observe`` measures a state after its round (its numbers go into the report and nowhere else),
-    ``progress`` is told of every committed round. Raises CohortTooSmall if a round finds fewer
-    sites than the plan's minimum; what was committed stays and the run can be resumed.
+    ``progress`` is told of every committed round. Raises CohortTooSmall if fewer sites than the
+    plan's minimum are there or answer; what was committed stays and the run can be resumed.
     """
     plan, algorithm, clients = federation.plan, federation.algorithm, federation.clients
     name = plan.run.name
     ledger.start(name, as_dict(plan), digest(plan), now=time.time())
+    _finish_removals(federation, ledger)
     state, done = load_state(federation, ledger)
     state = _due(federation, ledger, state, done)
     for number in range(done + 1, federation.rounds + 1):
@@ -231,6 +239,7 @@ def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: P
         after = algorithm.round(number, state, cohort, clients)
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
         tally = clients.tally()
+        _demand(plan, number, [site for site in cohort if site not in tally.refused])
         report = Report(
             round=number,
             cohort=cohort,
@@ -279,12 +288,7 @@ def draw(federation: Federation, number: int) -> Cohort:
         late=plan.scenario.late,
         left=plan.scenario.leave,
     )
-    least = 1 if plan.algorithm.name == "joint" else plan.cohort.minimum
-    if len(cohort) < least:
-        raise CohortTooSmall(
-            f"round {number} finds {len(cohort)} sites, cohort.minimum asks for {least}; wait for "
-            "more sites and resume"
-        )
+    _demand(plan, number, cohort)
     return cohort
 
 
@@ -295,6 +299,8 @@ def remove(
 
     The site accepts the request, every site of the roster answers the removal (zeros where it
     has nothing), the new integers are committed, and only then are the site's own rows deleted.
+    A request that is done already returns the receipt it had. Raises UnknownCell if the site
+    contributed nothing under the request.
     ``recount`` also asks the remaining sites to sum their journals again and compares; it shows
     the difference of two sums, so it is for public data and for tests.
     """
@@ -306,7 +312,13 @@ def remove(
         )
     if request.site not in federation.sites:
         raise UnknownName(f"no site {request.site!r}; this run has {sorted(federation.sites)}")
+    _finish_removals(federation, ledger)
+    done = _removed(federation, ledger)
+    if request.id in done:
+        return forget.receipt_from(done[request.id])
     state, number = load_state(federation, ledger)
+    if number == 0:
+        raise UnknownCell("no round is committed yet, so there is nothing to forget; run it first")
     receipt, after = _subtract(federation, algorithm, state, request, recount=recount)
     document, tensors = wire.dump(after)
     written = forget.document(receipt)
@@ -343,14 +355,18 @@ def _subtract(
         cell
         for cell in state.bank.cells
         if (cell.about.round, cell.about.module.rsplit("@", 1)[0]) in concerned
+        and request.site in cell.about.cohort
     ]
     names = [cell.about.id for cell in cells]
-    roster = tuple(
-        name
-        for name in clients.roster()
-        if federation.plan.scenario.leave.get(name, state.number) >= state.number
-        or name == request.site
+    there = availability.cohort(
+        clients.roster(),
+        size=0,
+        seed=0,
+        round=state.number,
+        late=federation.plan.scenario.late,
+        left=federation.plan.scenario.leave,
     )
+    roster = tuple(name for name in clients.roster() if name in there or name == request.site)
     staying = roster if request.kind != "site" else _without(roster, request.site)
     after, before, records = algorithm.remove(state, names, request.id, roster, clients)
     same = None
@@ -375,7 +391,7 @@ def _subtract(
         site=request.site,
         records=records,
         cells=outcomes,
-        view_before=algorithm.view(state).id,
+        view_before=algorithm.view(state).id if state.bank.cells else "",
         view_after=algorithm.view(after).id if after.bank.cells else "",
         recount=same,
         seconds=time.perf_counter() - began,
@@ -386,20 +402,43 @@ def _subtract(
 
 def _due(federation: Federation, ledger: Ledger, state: Any, number: int) -> Any:
     """Carry out removals of sites that left up to this round, once each."""
-    done = {row["receipt"]["request"] for row in ledger.removals(federation.plan.run.name)}
+    done = _removed(federation, ledger)
     changed = False
     for site, last in sorted(federation.plan.scenario.leave.items()):
         request = Request(kind="site", site=site)
-        if last > number or not isinstance(federation.algorithm, FedKoLa):
+        if last > number or request.id in done or not isinstance(federation.algorithm, FedKoLa):
             continue
-        if request.id not in done:
-            recount = federation.plan.knowledge.public_reference
-            remove(federation, ledger, request, recount=recount)
+        # A site that left before anything of it was sealed has nothing to take back.
+        with suppress(UnknownCell):
+            remove(federation, ledger, request, recount=federation.plan.knowledge.public_reference)
             changed = True
-        elif forget.posted(federation.sites[site].store):
-            # Killed between the commit and the site's own deletion.
-            federation.sites[site].settle(request)
     return load_state(federation, ledger)[0] if changed else state
+
+
+def _finish_removals(federation: Federation, ledger: Ledger) -> None:
+    """Settle and purge what was committed when the process was killed before it could do so."""
+    done = _removed(federation, ledger)
+    for site in federation.sites.values():
+        for request in forget.posted(site.store):
+            if request.id in done:
+                site.settle(request)
+    if done:
+        ledger.purge(federation.plan.run.name, now=time.time())
+
+
+def _removed(federation: Federation, ledger: Ledger) -> dict[str, Mapping[str, Any]]:
+    """Receipts of the removals that are committed, by request."""
+    rows = ledger.removals(federation.plan.run.name)
+    return {row["receipt"]["request"]: row["receipt"] for row in rows}
+
+
+def _demand(plan: Plan, number: int, sites: Sequence[str]) -> None:
+    least = 1 if plan.algorithm.name == "joint" else plan.cohort.minimum
+    if len(sites) < least:
+        raise CohortTooSmall(
+            f"round {number} finds {len(sites)} sites, cohort.minimum asks for {least}; wait for "
+            "more sites and resume"
+        )
 
 
 def _without(roster: Sequence[str], site: str) -> Cohort:

@@ -177,6 +177,7 @@ class FedKoLa:
 
     def calibrate(self, state: State, cohort: Cohort, clients: Clients) -> State:
         """Publish the view; sites answer how well it scores their shortened records, as sums."""
+        state = replace(state, calibration=Calibration())
         if "analytic" not in self.lanes or not state.bank.cells:
             return state
         document, tensors = views.to_tensors(self.view(state))
@@ -209,17 +210,20 @@ class FedKoLa:
     ) -> tuple[State, tuple[Cell, ...], int]:
         """Subtract what sites have been asked to forget from these cells.
 
-        Returns the new state, the cells as they were, and the number of records removed. Raises
-        ForgetIncomplete if a site of the cohort does not answer or a count would fall below zero.
+        Every site of the cohort that answered when a cell was filled is asked, with zeros from
+        those that have nothing to forget. Returns the new state, the cells as they were, and the
+        number of records removed. Raises ForgetIncomplete if one of them does not answer or a
+        count would fall below zero.
         """
         bank, before, removed = state.bank, [], 0
         for name in cells:
             cell = banks.find(bank, name)
             asked = self._about_cell("remove", cell.about, request=request)
-            delta = clients.sum(cohort, asked)
-            if delta.cohort != cohort:
+            members = tuple(site for site in cohort if site in cell.about.cohort)
+            delta = clients.sum(members, asked)
+            if delta.cohort != members:
                 raise ForgetIncomplete(
-                    f"{sorted(set(cohort) - set(delta.cohort))} did not answer the removal from "
+                    f"{sorted(set(members) - set(delta.cohort))} did not answer the removal from "
                     f"cell {name}; nothing was changed, ask again when they are back"
                 )
             total = wire.add(cell.total, replace(delta, grid=cell.total.grid))
@@ -250,7 +254,7 @@ class FedKoLa:
             if name in live:
                 about = live[name].about
                 asked = self._about_cell("recount", about, request=request)
-                again = clients.sum(cohort, asked)
+                again = clients.sum(tuple(s for s in cohort if s in about.cohort), asked)
                 if banks.content(about.labels, again) != about.words:
                     return False
         return True
@@ -300,6 +304,7 @@ class FedKoLa:
 
     def vote(self, client: Client, asked: Broadcast) -> Update:
         """Holders and records by scope and by label, of what has arrived and is not summed yet."""
+        self._reconcile(client, asked)
         data = journal.pending(client.store, client.knowledge.until(asked.round), round=asked.round)
         labels, scopes = client.catalogue.labels, client.catalogue.scopes()
         position = {label.code: i for i, label in enumerate(labels)}
@@ -387,7 +392,7 @@ class FedKoLa:
         if _cell(asked, client.catalogue)[1] is CellKind.LORA:
             old = load_file(_receipt(client, asked))
             new = self._words(client, asked, self._addend(client, asked, rest))
-            save_file(new, _receipt(client, asked).with_suffix(forget.NEXT))
+            save_file(new, _receipt(client, asked, suffix=f".{_request(asked)}{forget.NEXT}"))
             return _integer_update(client, {name: new[name] - old[name] for name in old})
         lost = self._addend(client, asked, journal.only(entry, records=gone))
         negative = {name: -value for name, value in lost.tensors.items()}
@@ -423,9 +428,17 @@ class FedKoLa:
         }
         return max(floors[kind] for kind in self.kinds())
 
-    def _ask_vote(self, number: int) -> Broadcast:
+    def _ask_vote(self, number: int, bank: Bank, cohort: Cohort) -> Broadcast:
+        """Ask for counts, and tell which sums came about: a site may not know (see journal)."""
         counts = ("holders", "records", "label_holders", "label_records")
-        return ask(self, "vote", number, {}, scale=dict.fromkeys(counts, 0))
+        about = [cell.about for cell in bank.cells]
+        sealed = [[cell.round, self._scope(cell)] for cell in about]
+        members = [[site in cell.cohort for site in cohort] for cell in about]
+        tensors = {
+            "sealed": torch.tensor(sealed, dtype=torch.int64).reshape(-1, 2),
+            "members": torch.tensor(members, dtype=torch.bool).reshape(-1, len(cohort)),
+        }
+        return ask(self, "vote", number, tensors, scale=dict.fromkeys(counts, 0))
 
     def _vote_and_fill(
         self, number: int, state: State, cohort: Cohort, clients: Clients
@@ -435,7 +448,7 @@ class FedKoLa:
         If a voter misses a fill, no sum of this vote is kept: the round votes again without it,
         so no cell is opened with fewer contributors than were counted.
         """
-        votes = clients.sum(cohort, self._ask_vote(number))
+        votes = clients.sum(cohort, self._ask_vote(number, state.bank, cohort))
         if len(votes.cohort) < self.k_min:
             raise CohortTooSmall(
                 f"{len(votes.cohort)} sites voted, {self.k_min} are needed for any sum to be "
@@ -461,7 +474,17 @@ class FedKoLa:
                 ),
                 total,
             )
-        return replace(state, bank=bank, parked=parked, number=number), cohort
+        return replace(state, bank=self._retired(bank), parked=parked, number=number), cohort
+
+    def _retired(self, bank: Bank) -> Bank:
+        """The bank with every open label closed that the catalogue gives an end."""
+        still_open = {entry.code for entry in bank.labels if entry.valid_to is None}
+        for label in self._catalogue().labels:
+            if label.valid_to is not None and label.code in still_open:
+                bank = banks.retire(
+                    bank, label.code, valid_to=label.valid_to, replaced_by=label.replaced_by
+                )
+        return bank
 
     def _describe(self, number: int, opening: Opening, cohort: Cohort) -> KnowledgeCell:
         recipe: dict[str, Scalar] = {}
@@ -502,7 +525,7 @@ class FedKoLa:
     def _about_cell(self, step: str, about: KnowledgeCell, *, request: str = "") -> Broadcast:
         """Ask for one cell; under a removal ``request`` answers are integers on its grid."""
         position = {label.code: i for i, label in enumerate(self._catalogue().labels)}
-        scope = self._catalogue().scopes().index(about.module.rsplit("@", 1)[0])
+        scope = self._scope(about)
         kind = tuple(CellKind).index(about.kind)
         cell = [scope, kind, -1 if about.slot is None else about.slot]
         if about.kind is CellKind.LORA:
@@ -523,7 +546,17 @@ class FedKoLa:
             self, step, about.round, tensors, word=word, scale=scale, metrics={"contributors": 0}
         )
 
+    def _scope(self, about: KnowledgeCell) -> int:
+        return self._catalogue().scopes().index(about.module.rsplit("@", 1)[0])
+
     # --- private, client --------------------------------------------------------------------------
+
+    def _reconcile(self, client: Client, asked: Broadcast) -> None:
+        """Forget the journal of attempts that were never sealed with this site's addend."""
+        mine = asked.tensors["members"][:, asked.cohort.index(client.name)]
+        scopes = client.catalogue.scopes()
+        sealed = {(round, scopes[scope]) for round, scope in asked.tensors["sealed"][mine].tolist()}
+        journal.reconcile(client.store, sealed, round=asked.round)
 
     def _codes(self, client: Client, asked: Broadcast) -> tuple[str, ...]:
         return tuple(client.catalogue.labels[i].code for i in asked.tensors["labels"].tolist())
@@ -533,12 +566,13 @@ class FedKoLa:
         return journal.read(client.store, asked.round, scope)
 
     def _removed(self, client: Client, asked: Broadcast) -> frozenset[str]:
-        """Record ids of this cell that posted requests concern."""
+        """Record ids of this cell that the request asked about concerns, if it was posted here."""
         scope, _, _ = _cell(asked, client.catalogue)
-        gone: set[str] = set()
         for request in forget.posted(client.store):
-            gone |= forget.concerned(client.store, request).get((asked.round, scope), frozenset())
-        return frozenset(gone)
+            if request.id == _request(asked):
+                found = forget.concerned(client.store, request)
+                return found.get((asked.round, scope), frozenset())
+        return frozenset()
 
     def _addend(self, client: Client, asked: Broadcast, entry: journal.Entry | None) -> Update:
         """One site's contribution to one cell; zeros if there is no entry."""
@@ -638,12 +672,13 @@ class FedKoLa:
             draft.replace(path)
 
     def _shortened(self, client: Client, asked: Broadcast) -> Dataset:
-        entries = journal.entries(client.store)
-        ids = sorted(record for entry in entries for record in entry.records)
+        summed = {record for entry in journal.entries(client.store) for record in entry.records}
+        whole = client.knowledge.until(asked.round)
+        # Of what is held now: records under a removal must not even take a place in the draw.
+        ids = sorted(record for record in whole.records if record in summed)
         generator = torch.Generator().manual_seed(asked.seed % 2**63)
         order = torch.randperm(len(ids), generator=generator)[:CALIBRATION_RECORDS]
         chosen = {ids[int(i)] for i in order}
-        whole = client.knowledge.until(asked.round)
         data = whole.take([i for i, record in enumerate(whole.records) if record in chosen])
         return replace(data, texts=tuple(_shorten(text, generator) for text in data.texts))
 
@@ -654,9 +689,13 @@ def _cell(asked: Broadcast, catalogue: Catalogue) -> tuple[str, CellKind, int]:
     return catalogue.scopes()[scope], tuple(CellKind)[kind], slot
 
 
-def _receipt(client: Client, asked: Broadcast) -> Path:
+def _request(asked: Broadcast) -> str:
+    return bytes(asked.tensors["request"].tolist()).decode()
+
+
+def _receipt(client: Client, asked: Broadcast, *, suffix: str = ".safetensors") -> Path:
     scope = int(asked.tensors["cell"][0])
-    return client.store / "receipts" / f"{asked.round:06d}-{scope}.safetensors"
+    return client.store / "receipts" / f"{asked.round:06d}-{scope}{suffix}"
 
 
 def _integer_update(client: Client, words: Mapping[str, Tensor]) -> Update:

@@ -68,7 +68,7 @@ class Local:
 
     def view(self, state: State, site: str) -> View:
         """The model of one site; raises UnknownCell if it holds no records yet."""
-        return views.compute(state.sites[site], self._catalogue(), self.rule, now=0)
+        return views.compute(state.sites.get(site, Bank()), self._catalogue(), self.rule, now=0)
 
     def steps(self) -> Steps:
         return {"own": self.own}

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fedkola.knowledge import journal
 from fedkola.knowledge.bank import CellKind
 
 NEXT = ".next"
-"""Suffix of a LoRA receipt that becomes the receipt when its removal is settled."""
+"""A LoRA receipt ``CELL.REQUEST.next`` becomes the receipt when that request is settled."""
 
 NOT_COVERED = (
     "the pre-trained base model",
@@ -137,8 +137,8 @@ def settle(store: Path, request: Request) -> None:
     for receipt in (store / "receipts").glob("*"):
         if request.kind == "site":
             receipt.unlink()
-        elif receipt.suffix == NEXT:
-            receipt.replace(receipt.with_suffix(".safetensors"))
+        elif receipt.name.endswith(f".{request.id}{NEXT}"):
+            receipt.replace(receipt.with_name(receipt.name.split(".")[0] + ".safetensors"))
     _write(store / "removals.json", {**_read(store), request.id: _entry(request, settled=True)})
 
 
@@ -148,10 +148,11 @@ def document(receipt: ForgetReceipt) -> dict[str, Any]:
 
 
 def receipt_from(document: Mapping[str, Any]) -> ForgetReceipt:
-    """The inverse of ``document``."""
+    """The inverse of ``document``; whatever else the ledger keeps beside it is left out."""
+    values = {f.name: document[f.name] for f in fields(ForgetReceipt)}
     cells = tuple(CellOutcome(**cell) for cell in document["cells"])
-    rest = {k: v for k, v in document.items() if k not in ("cells", "not_covered")}
-    return ForgetReceipt(cells=cells, not_covered=tuple(document["not_covered"]), **rest)
+    not_covered = tuple(document["not_covered"])
+    return ForgetReceipt(**values | {"cells": cells, "not_covered": not_covered})
 
 
 def summary(cells: Sequence[CellOutcome]) -> str:

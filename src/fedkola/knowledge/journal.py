@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedkola.errors import DataError
+from fedkola.errors import DataError, StaleUpdate
 from fedkola.types import Dataset
 
 
@@ -78,6 +78,25 @@ def pending(store: Path, data: Dataset, *, round: int) -> Dataset:
     """Records that have arrived and were in no earlier round: new ones, parked ones, late ones."""
     done = used(store, before=round)
     return data.take([i for i, record in enumerate(data.records) if record not in done])
+
+
+def reconcile(store: Path, sealed: Collection[tuple[int, str]], *, round: int) -> None:
+    """Drop entries of this round and earlier whose (round, scope) no sealed cell holds.
+
+    They were written for sums that never came about, as when another site vanished in the middle
+    of a round; their records are free to be contributed again. Raises StaleUpdate if the site has
+    gone on to a later round: its newer entries would be judged by an older list.
+    """
+    written = {}
+    for path in (store / "journal").glob("*.safetensors"):
+        about = _about(path)
+        written[path] = (int(about["round"]), about["scope"])
+    newest = max((number for number, _ in written.values()), default=0)
+    if newest > round:
+        raise StaleUpdate(f"this site has journalled round {newest}, the question is of {round}")
+    for path, place in written.items():
+        if place not in sealed:
+            path.unlink()
 
 
 def keep(entry: Entry, *, without: Collection[str]) -> Entry:
