@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkola.errors import BasisMismatch, UnknownCell
+from fedkola.errors import BasisMismatch, KnowledgeError, UnknownCell
 from fedkola.knowledge.statistics import COUNTS, SUMS
 from fedkola.types import Aggregate, Cohort, Event, Scalar
 
@@ -100,15 +100,16 @@ def content(labels: Sequence[str], total: Aggregate) -> str:
     """The hash of a cell's integers, as hex.
 
     Label rows without records are left out: a row that only a removed site had filled is the same
-    as a row that was never opened.
+    as a row that was never opened. Cells without rows by label (LoRA) hold their integers alone.
     """
     words = dict(total.words)
     whole = hashlib.sha256()
+    filled: list[str] = []
     if COUNTS in words:
         kept = torch.nonzero(words[COUNTS]).flatten()
-        labels = [labels[int(i)] for i in kept]
+        filled = [labels[int(i)] for i in kept]
         words |= {COUNTS: words[COUNTS][kept], SUMS: words[SUMS][kept]}
-    whole.update(json.dumps(list(labels)).encode())
+    whole.update(json.dumps(filled).encode())
     for name in sorted(words):
         value = words[name]
         whole.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
@@ -133,7 +134,11 @@ def open_modules(bank: Bank, scopes: Iterable[str], *, round: int, slots_max: in
 
 
 def seal(bank: Bank, about: KnowledgeCell, total: Aggregate) -> Bank:
-    """Add a sealed cell and open its label rows."""
+    """Add a sealed cell and open its label rows; raises KnowledgeError for a cell it holds."""
+    if any(cell.about.id == about.id for cell in bank.cells):
+        raise KnowledgeError(
+            f"cell {about.id} of {about.module} is sealed already; a round seals a cell once"
+        )
     known = {entry.code for entry in bank.labels}
     opened = tuple(
         LabelEntry(code=code, module=about.module, valid_from=about.valid[0])
@@ -206,27 +211,31 @@ def select(
 def valid_labels(
     bank: Bank, *, valid_at: float | None = None, known_at: int | None = None
 ) -> dict[str, tuple[str, ...]]:
-    """Open labels as of a time, each with the retired codes that it answers for (itself first)."""
-    now = float("inf") if valid_at is None else valid_at
-    seen = [e for e in bank.labels if known_at is None or e.valid_from <= known_at]
-    live = {
-        e.code for e in seen if e.valid_from <= now and (e.valid_to is None or now < e.valid_to)
-    }
+    """Open labels as of a time, each with the retired codes that it answers for (itself first).
+
+    In the order in which they were opened. Without ``valid_at`` the present is meant, which is
+    ``known_at`` for a view of the past. Successors that are retired too are followed to theirs.
+    """
+    now = valid_at if valid_at is not None else known_at if known_at is not None else float("inf")
+    seen = {e.code: e for e in bank.labels if known_at is None or e.valid_from <= known_at}
+    live = [
+        e.code
+        for e in seen.values()
+        if e.valid_from <= now and (e.valid_to is None or now < e.valid_to)
+    ]
     answers: dict[str, tuple[str, ...]] = {code: (code,) for code in live}
-    for entry in seen:
-        if entry.code not in live:
-            for successor in entry.replaced_by:
-                if successor in live:
-                    answers[successor] = (*answers[successor], entry.code)
+    for code in seen:
+        for heir in () if code in live else _heirs(seen, code, live):
+            answers[heir] = (*answers[heir], code)
     return answers
 
 
 def events(before: Bank, after: Bank) -> tuple[Event, ...]:
     """The knowledge events that lead from one bank to the other, in ledger form."""
     found: list[Event] = []
-    held = {module.id for module in before.modules}
+    held = {module.id: module for module in before.modules}
     for module in after.modules:
-        if module.id not in held:
+        if held.get(module.id) != module:
             found.append(_event("OPEN", module.id, asdict(module)))
     old_labels = {entry.code: entry for entry in before.labels}
     for entry in after.labels:
@@ -278,6 +287,19 @@ def metadata(bank: Bank) -> dict[str, dict[str, Any]]:
 def cell_bytes(cell: Cell) -> int:
     """Bytes of a cell's integers."""
     return sum(_nbytes(value) for value in cell.total.words.values())
+
+
+def _heirs(entries: Mapping[str, LabelEntry], code: str, live: Sequence[str]) -> list[str]:
+    """The live labels that a retired one leads to, through its successors and theirs."""
+    found, visited, waiting = [], {code}, list(entries[code].replaced_by)
+    while waiting:
+        heir = waiting.pop(0)
+        if heir in live:
+            found.append(heir)
+        elif heir in entries and heir not in visited:
+            waiting += entries[heir].replaced_by
+        visited.add(heir)
+    return list(dict.fromkeys(found))
 
 
 def _nbytes(value: Tensor) -> int:

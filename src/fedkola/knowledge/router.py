@@ -39,24 +39,38 @@ class Router:
     background: Tensor
 
 
-def build(parts: Sequence[tuple[str, Mapping[str, Tensor], float]], *, width: int) -> Router:
-    """A router from (module, words of a router cell, weight) triples; a pure function of sums."""
-    modules = tuple(dict.fromkeys(module for module, _, _ in parts))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One router cell as it enters a view: its integers by label row, and its weight."""
+
+    module: str
+    labels: Sequence[str]
+    words: Mapping[str, Tensor]
+    weight: float
+
+
+def build(parts: Sequence[Part], *, width: int) -> Router:
+    """A router from the sums of router cells. A label that filled rows of several cells has one
+    mean, so that a stream of windows gives what one shot would."""
+    modules = tuple(dict.fromkeys(part.module for part in parts))
+    rows = [torch.nonzero(part.words[COUNTS]).flatten() for part in parts]
+    filled = [[p.labels[i] for i in kept.tolist()] for p, kept in zip(parts, rows, strict=True)]
+    place = {code: i for i, code in enumerate(sorted({code for some in filled for code in some}))}
     count = torch.zeros(len(modules), dtype=torch.float64)
     sums = torch.zeros(len(modules), width, dtype=torch.float64)
     moment = torch.zeros(width, width, dtype=torch.float64)
-    label_sums, label_counts = [], []
-    for module, words, weight in parts:
-        row = modules.index(module)
+    label_counts = torch.zeros(len(place), dtype=torch.float64)
+    label_sums = torch.zeros(len(place), width, dtype=torch.float64)
+    for part, kept, codes in zip(parts, rows, filled, strict=True):
+        words, weight, row = part.words, part.weight, modules.index(part.module)
         count[row] += weight * float(words[COUNTS].sum())
         sums[row] += weight * words[SUMS].sum(0).to(torch.float64) / 1024
         moment += weight * unpack(words[GRAM], width).to(torch.float64) / 1024**2
-        kept = words[COUNTS] > 0
-        label_sums.append(words[SUMS][kept].to(torch.float64) / 1024)
-        label_counts.append(words[COUNTS][kept].to(torch.float64))
+        index = torch.tensor([place[code] for code in codes], dtype=torch.int64)
+        label_counts.index_add_(0, index, weight * words[COUNTS][kept].to(torch.float64))
+        label_sums.index_add_(0, index, weight * words[SUMS][kept].to(torch.float64) / 1024)
     means = sums / count[:, None]
-    rows, row_counts = torch.cat(label_sums), torch.cat(label_counts)
-    label_means = rows / row_counts[:, None]
+    label_means = label_sums / label_counts[:, None]
     total = count.sum()
     centre = sums.sum(0) / total
     return Router(
@@ -66,7 +80,9 @@ def build(parts: Sequence[tuple[str, Mapping[str, Tensor], float]], *, width: in
         label_means=label_means.to(torch.float32),
         centre=centre.to(torch.float32),
         within=_precision(moment / total - (means.T * (count / total)) @ means),
-        by_label=_precision(moment / total - (label_means.T * (row_counts / total)) @ label_means),
+        by_label=_precision(
+            moment / total - (label_means.T * (label_counts / total)) @ label_means
+        ),
         background=_precision(moment / total - torch.outer(centre, centre)),
     )
 
