@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fedkola.errors import Incompatible, ModelMismatch
 from fedkola.training.adapters import A, B, adapted, gated
-from fedkola.training.fit import HEAD, ROWS, logits, require_head
+from fedkola.training.fit import BIAS, HEAD, ROWS, SHARPNESS, require_head
 from fedkola.training.model import Foundation, encode
 from fedkola.training.threads import equal_lengths, filled, side_by_side
 from fedkola.types import Weights
@@ -46,19 +46,25 @@ def classify(
 def scores(
     foundation: Foundation, weights: Weights, texts: Sequence[str], *, scale: float
 ) -> Tensor:
-    """The head's scores of every text, float32 of shape (n, classes); softmax gives p(class).
-
-    ``weights`` as in :func:`classify`; a row does not depend on the other texts.
-    """
+    """Class scores (n, classes) float32 of every text, in the order of ``texts``."""
     if HEAD not in weights:
-        raise ModelMismatch(f"an encoder scores texts by {HEAD}, which is not among the tensors")
+        raise ModelMismatch(f"scores need {HEAD}; the weights hold {sorted(weights)[:5]}")
+    unit = embeddings(foundation, weights, texts, scale=scale)
+    return functional.linear(SHARPNESS * unit, weights[HEAD], weights.get(BIAS))
+
+
+def embeddings(
+    foundation: Foundation, weights: Weights, texts: Sequence[str], *, scale: float
+) -> Tensor:
+    """Unit-length mean embeddings (n, width) float32 of an encoder under the adapter in
+    ``weights`` (none: the frozen base)."""
     ids = encode(foundation, texts)
-    out = torch.zeros(len(ids), len(weights[HEAD]))
+    out = torch.zeros(len(ids), foundation.width)
 
     def run(rows: list[int]) -> None:
         with torch.inference_mode():
             states = model(input_ids=filled(ids, rows, ROWS)).last_hidden_state
-            out[rows] = logits(states, None, weights)[: len(rows)]
+            out[rows] = functional.normalize(states.mean(dim=1), dim=1)[: len(rows)]
 
     with adapted(foundation, weights, scale=scale) as model, side_by_side() as each:
         each(run, equal_lengths(ids, ROWS))

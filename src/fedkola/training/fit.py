@@ -25,7 +25,9 @@ from fedkola.training.threads import equal_lengths, filled, side_by_side
 from fedkola.types import Weights
 
 HEAD, BIAS = "head.weight", "head.bias"
-SHARPNESS = 16.0
+# One pass over 6,144 ICD-10-CM descriptions at lr 1e-3 from a zero head, 1,500 others held out, 285
+# blocks: accuracy 0.719 at 16, 0.785 at 32, 0.829 at 64 (measured, one seed).
+SHARPNESS = 64.0
 PART = 16
 CHUNK = 8
 ROWS = 8

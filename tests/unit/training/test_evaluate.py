@@ -16,7 +16,7 @@ LABELS = [0, 1, 1, 0]
 
 def test_loss_correct_and_count_match_the_embeddings_by_hand(encoder: Foundation) -> None:
     head = {"head.weight": torch.randn(3, 16, generator=torch.Generator().manual_seed(0))}
-    scores = 16 * embed(encoder, TEXTS) @ head["head.weight"].T
+    scores = 64 * embed(encoder, TEXTS) @ head["head.weight"].T
     wanted = torch.tensor(LABELS)
     found = classify(encoder, head, TEXTS, LABELS, scale=1.0)
     assert found["loss"] == pytest.approx(
@@ -43,7 +43,7 @@ def test_scores_are_the_heads_and_each_row_stands_alone(encoder: Foundation) -> 
         "head.bias": torch.tensor([1.0, 0.0, -1.0]),
     }
     found = scores(encoder, head, TEXTS, scale=1.0)
-    by_hand = 16 * embed(encoder, TEXTS) @ head["head.weight"].T + head["head.bias"]
+    by_hand = 64 * embed(encoder, TEXTS) @ head["head.weight"].T + head["head.bias"]
     torch.testing.assert_close(found, by_hand, rtol=1e-5, atol=1e-4)
     assert torch.equal(scores(encoder, head, TEXTS[2:3], scale=1.0)[0], found[2])
     with pytest.raises(ModelMismatch, match=r"head\.weight"):

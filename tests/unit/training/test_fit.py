@@ -85,7 +85,7 @@ def test_one_step_is_adamws_on_the_gradient_of_the_mean_loss(encoder: Foundation
     with torch.no_grad(), adapted(encoder, weights, scale=2.0) as model:
         for row in encode(encoder, TEXTS):
             mean = model(input_ids=torch.tensor([row])).last_hidden_state.mean(dim=1)
-            states.append(16 * mean / mean.norm())
+            states.append(64 * mean / mean.norm())
     scores = torch.cat(states) @ head["head.weight"].T + head["head.bias"]
     torch.nn.functional.cross_entropy(scores, torch.tensor(LABELS)).backward()
     optimiser = torch.optim.AdamW(head.values(), lr=1e-2, weight_decay=0.0)
