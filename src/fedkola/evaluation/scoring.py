@@ -58,11 +58,11 @@ def accuracy(federation: Federation, state: Any, test: Dataset, *, window: int) 
     nodes = arrived(federation, window)
     if isinstance(state, LocalState):
         found = [
-            _measure(federation, scores, test, nodes)
+            measure(federation, scores, test, nodes)
             for scores in _local_scores(federation, state, test, nodes)
         ]
         return _average(found, len(nodes))
-    return _measure(federation, scores_of(federation, state, test, nodes), test, nodes)
+    return measure(federation, scores_of(federation, state, test, nodes), test, nodes)
 
 
 def scores_of(federation: Federation, state: Any, test: Dataset, nodes: Sequence[str]) -> Tensor:
@@ -156,7 +156,7 @@ def _local_scores(
     return found
 
 
-def _measure(
+def measure(
     federation: Federation, scores: Tensor, test: Dataset, nodes: Sequence[str]
 ) -> Accuracy:
     catalogue = federation.stream.catalogue

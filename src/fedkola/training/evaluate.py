@@ -5,7 +5,7 @@ do not depend on the order of the texts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fedkola.errors import Incompatible, ModelMismatch
 from fedkola.training.adapters import A, B, adapted, gated
-from fedkola.training.fit import BIAS, HEAD, ROWS, SHARPNESS, require_head
+from fedkola.training.fit import HEAD, ROWS, logits, require_head
 from fedkola.training.model import Foundation, encode
 from fedkola.training.threads import equal_lengths, filled, side_by_side
 from fedkola.types import Weights
@@ -49,8 +49,11 @@ def scores(
     """Class scores (n, classes) float32 of every text, in the order of ``texts``."""
     if HEAD not in weights:
         raise ModelMismatch(f"scores need {HEAD}; the weights hold {sorted(weights)[:5]}")
-    unit = embeddings(foundation, weights, texts, scale=scale)
-    return functional.linear(SHARPNESS * unit, weights[HEAD], weights.get(BIAS))
+
+    def read(states: Tensor) -> Tensor:
+        return logits(states, None, weights)
+
+    return _by_text(foundation, weights, texts, read, scale=scale, width=len(weights[HEAD]))
 
 
 def embeddings(
@@ -58,17 +61,11 @@ def embeddings(
 ) -> Tensor:
     """Unit-length mean embeddings (n, width) float32 of an encoder under the adapter in
     ``weights`` (none: the frozen base)."""
-    ids = encode(foundation, texts)
-    out = torch.zeros(len(ids), foundation.width)
 
-    def run(rows: list[int]) -> None:
-        with torch.inference_mode():
-            states = model(input_ids=filled(ids, rows, ROWS)).last_hidden_state
-            out[rows] = functional.normalize(states.mean(dim=1), dim=1)[: len(rows)]
+    def read(states: Tensor) -> Tensor:
+        return functional.normalize(states.mean(dim=1), dim=1)
 
-    with adapted(foundation, weights, scale=scale) as model, side_by_side() as each:
-        each(run, equal_lengths(ids, ROWS))
-    return out
+    return _by_text(foundation, weights, texts, read, scale=scale, width=foundation.width)
 
 
 def perplexity(
@@ -116,3 +113,26 @@ def perplexity(
         "correct": float(sum(correct for _, correct in found)),
         "tokens": float(sum(len(losses) for losses, _ in found)),
     }
+
+
+def _by_text(
+    foundation: Foundation,
+    weights: Weights,
+    texts: Sequence[str],
+    read: Callable[[Tensor], Tensor],
+    *,
+    scale: float,
+    width: int,
+) -> Tensor:
+    """What ``read`` makes of each text's hidden states, a row (width,) per text."""
+    ids = encode(foundation, texts)
+    out = torch.zeros(len(ids), width)
+
+    def run(rows: list[int]) -> None:
+        with torch.inference_mode():
+            states = model(input_ids=filled(ids, rows, ROWS)).last_hidden_state
+            out[rows] = read(states)[: len(rows)]
+
+    with adapted(foundation, weights, scale=scale) as model, side_by_side() as each:
+        each(run, equal_lengths(ids, ROWS))
+    return out

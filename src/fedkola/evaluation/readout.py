@@ -1,0 +1,76 @@
+"""The same read-out on another representation: a trained adapter's features instead of frozen ones.
+
+Joint training gets the strongest head we have, so that the comparison is about representations.
+"""
+
+from typing import Any
+
+import torch
+
+from fedkola.evaluation import scoring
+from fedkola.knowledge import bank as banks
+from fedkola.knowledge import statistics, views
+from fedkola.knowledge.bank import Bank, CellKind, KnowledgeCell
+from fedkola.knowledge.views import Rule
+from fedkola.server import Federation
+from fedkola.training import evaluate, features
+from fedkola.types import Aggregate, Dataset, Grid, Weights
+
+
+def adapted_accuracy(federation: Federation, weights: Weights, test: Dataset) -> dict[str, Any]:
+    """Top-1 and top-5 of the tree read-out on features under an adapter, over all records.
+
+    The federation must hold the union of records at one site.
+    """
+    (site,) = federation.sites.values()
+    data = site.knowledge.until(len(federation.stream.windows))
+    knowledge, catalogue = federation.plan.knowledge, federation.stream.catalogue
+    z = _integers(federation, weights, data)
+    position = {code: i for i, code in enumerate(catalogue.codes())}
+    codes = tuple(dict.fromkeys(data.labels))
+    row = {code: i for i, code in enumerate(sorted(codes, key=position.__getitem__))}
+    words = statistics.analytic(
+        z,
+        torch.tensor([row[code] for code in data.labels]),
+        num_rows=len(row),
+        features=knowledge.features,
+        bits=knowledge.bits,
+        seed=knowledge.basis_seed,
+    )
+    recipe = {
+        "features": knowledge.features,
+        "bits": knowledge.bits,
+        "seed": knowledge.basis_seed,
+    }
+    about = KnowledgeCell(
+        id="adapted",
+        module="adapted",
+        kind=CellKind.ANALYTIC,
+        round=1,
+        valid=(1.0, None),
+        slot=None,
+        recipe=recipe,
+        labels=tuple(row),
+        cohort=(),
+        contributors=1,
+        records=len(data),
+        words="",
+    )
+    grid = Grid(word=64, bits=64, scale=dict.fromkeys(words, 0))
+    bank = banks.seal(Bank(), about, Aggregate(cohort=(), words=words, grid=grid))
+    view = views.compute(bank, catalogue, Rule(lam=knowledge.lam), now=1)
+    assert view.head is not None
+    nodes = view.head.nodes[federation.level]
+    z_test = _integers(federation, weights, test)
+    scores = torch.cat(
+        [views.scores(view.head, part, federation.level) for part in torch.split(z_test, 4096)]
+    )
+    found = scoring.measure(federation, scores, test, nodes)
+    return {"top1": found.top1, "top5": found.top5, "asked": found.asked}
+
+
+def _integers(federation: Federation, weights: Weights, data: Dataset) -> torch.Tensor:
+    e = evaluate.embeddings(
+        federation.foundation, weights, data.texts, scale=federation.trainer.scale
+    )
+    return features.integer_embeddings(e)
