@@ -60,7 +60,7 @@ PROFILES: Mapping[str, Profile] = {
         features=512,
         fedit_epochs=1.0,
         joint_rounds=1,
-        rates=(3e-3,),
+        rates=(1e-3,),
     ),
     "standard": Profile(
         seeds=3,
@@ -70,8 +70,8 @@ PROFILES: Mapping[str, Profile] = {
         tuning_per_label=20,
         features=4096,
         fedit_epochs=1.0,
-        joint_rounds=4,
-        rates=(1e-3, 3e-3, 1e-2),
+        joint_rounds=3,
+        rates=(5e-4, 1e-3, 2e-3),
     ),
     "full": Profile(
         seeds=5,
@@ -82,7 +82,7 @@ PROFILES: Mapping[str, Profile] = {
         features=8192,
         fedit_epochs=4.0,
         joint_rounds=8,
-        rates=(1e-3, 3e-3, 1e-2),
+        rates=(5e-4, 1e-3, 2e-3),
     ),
 }
 
