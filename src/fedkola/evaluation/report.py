@@ -101,6 +101,7 @@ def _page(doc: Mapping[str, Any]) -> dict[str, Any]:
         "traffic": plots.traffic(windows),
         "totals": _totals(windows),
         "sites": _sites(doc.get("sites") or (), names),
+        "left_out": _left_out(doc),
         "examples": _examples(doc.get("examples") or {}),
         "receipt": _receipt(doc.get("receipt") or {}),
         "privacy": [part for part in re.split(r"\n\s*\n", str(doc.get("privacy") or "")) if part],
@@ -155,6 +156,19 @@ def _comparison(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         "cpu": any(plots.number(row.get("cpu_s")) is not None for row in rows),
         "interval": any(row.get("interval") for row in rows),
     }
+
+
+def _left_out(doc: Mapping[str, Any]) -> list[str]:
+    """What was not used, and why: exclusions by place, records that wait, other notices."""
+    excluded = [
+        f"{place}: " + ", ".join(f"{number} with {why}" for why, number in reasons.items())
+        for place, reasons in (doc.get("excluded") or {}).items()
+    ]
+    parked = [
+        f"{scope}: {records} records wait at their sites, which are too few or hold too little"
+        for scope, records in (doc.get("parked") or {}).items()
+    ]
+    return [*excluded, *parked, *(str(notice) for notice in doc.get("notices") or ())]
 
 
 def _heat(

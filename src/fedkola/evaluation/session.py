@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ from typing import Any
 from fedkola import server
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
-from fedkola.errors import BasisMismatch, KnowledgeError, UnknownCell
+from fedkola.errors import BasisMismatch, KnowledgeError, LedgerError, RunNotFound, UnknownCell
 from fedkola.evaluation import answers, scoring, story, tasks
 from fedkola.evaluation.answers import Answer
 from fedkola.evaluation.report import render
@@ -20,7 +21,7 @@ from fedkola.knowledge.forget import ForgetReceipt, Request
 from fedkola.knowledge.stream import Stream
 from fedkola.knowledge.views import View
 from fedkola.ledger import Ledger
-from fedkola.plan import Plan, dump, from_dict
+from fedkola.plan import Plan, digest, dump, from_dict
 from fedkola.server import Federation
 from fedkola.training import adapters
 from fedkola.training.model import Foundation
@@ -52,6 +53,7 @@ def open_run(
     """
     server.check(plan)
     found = stream or tasks.load(plan)
+    _same_run(plan, folder)
     federation = server.assemble(plan, found, folder, cache=cache, foundation=foundation)
     ledger = Ledger.open(folder, create=True)
     return Session(plan=plan, folder=folder, federation=federation, ledger=ledger)
@@ -101,6 +103,8 @@ def observer(session: Session) -> server.Observe:
 def publish(session: Session, state: Any, *, extra: Mapping[str, Any] | None = None) -> None:
     """Write what a person and other programs read: view, plan, result and report."""
     folder = session.folder
+    # A view that no cell stands for any more may hold what was just removed.
+    shutil.rmtree(folder / "view", ignore_errors=True)
     if isinstance(state, BankState) and state.bank.cells:
         algorithm = _bank_algorithm(session)
         provenance = {
@@ -169,8 +173,12 @@ def view(
 
 def forget(session: Session, request: Request, *, recount: bool) -> ForgetReceipt:
     """Remove a site, a patient or a record, and write the view and the report anew."""
+    _bank_algorithm(session)
     receipt = server.remove(session.federation, session.ledger, request, recount=recount)
-    publish(session, _bank_state(session))
+    state, _ = server.load_state(session.federation, session.ledger)
+    # Baselines are not run again; what they reached stays in the report.
+    kept = result(session) if (session.folder / "result.json").exists() else {}
+    publish(session, state, extra={key: kept[key] for key in ("comparison",) if key in kept})
     return receipt
 
 
@@ -211,6 +219,21 @@ def export(session: Session, to: Path, *, modules: Sequence[str] = ()) -> Path:
 
 
 # --- private --------------------------------------------------------------------------------------
+
+
+def _same_run(plan: Plan, folder: Path) -> None:
+    """Refuse a folder that holds another run before sites make their folders in it."""
+    try:
+        with Ledger.open(folder) as ledger:
+            held = ledger.run()
+    except RunNotFound:
+        return
+    if (held.id, held.plan_hash) != (plan.run.name, digest(plan)):
+        raise LedgerError(
+            f"{folder} holds run {held.id!r} with plan {held.plan_hash[:8]}, and run "
+            f"{plan.run.name!r} with plan {digest(plan)[:8]} was given; resume that one with "
+            f"`fedkola run --resume {folder}`, or give another folder with run.name"
+        )
 
 
 def _bank_algorithm(session: Session) -> FedKoLa:

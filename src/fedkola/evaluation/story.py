@@ -38,6 +38,9 @@ def document(federation: Federation, ledger: Ledger, state: Any) -> dict[str, An
         "machine": machine.describe(),
         "privacy": _privacy(federation),
         "windows": [_window(federation, row, events) for row in rounds],
+        "excluded": {place: dict(reasons) for place, reasons in federation.stream.excluded.items()},
+        "notices": list(federation.stream.notices),
+        "parked": dict(state.parked) if isinstance(state, BankState) else {},
         "commands": _commands(federation, receipts),
     }
     if receipts:
@@ -60,7 +63,8 @@ def document(federation: Federation, ledger: Ledger, state: Any) -> dict[str, An
         },
     }
     agreement: dict[str, float] = {}
-    if isinstance(state, BankState) and CellKind.ANALYTIC.value in federation.plan.knowledge.lanes:
+    lanes = federation.plan.knowledge.lanes
+    if isinstance(state, BankState) and state.bank.cells and CellKind.ANALYTIC.value in lanes:
         found["examples"] = _examples(federation, state)
         agreement = _agreement(federation, state)
         check = oneshot.compare(federation, state)
@@ -366,7 +370,7 @@ def _commands(
     else:
         text = federation.stream.test.texts[0].replace('"', "'")
     gone = {receipt["site"] for receipt in receipts}
-    site = next(name for name in federation.sites if name not in gone)
+    site = next((name for name in federation.sites if name not in gone), "SITE")
     found = [
         {"command": f'fedkola predict {folder} "{text}"', "what": "ask the model"},
         {"command": f"fedkola bank ls {folder}", "what": "see what it knows, and since when"},
