@@ -161,6 +161,9 @@ class Site:
     def settle(self, request: forget.Request) -> None:
         """Delete what the site kept about removed records, after the bank has changed."""
         forget.settle(self.store, request)
+        kept = frozenset(self.knowledge.data.records)
+        pairs = zip(self._data.records, self._data.texts, strict=True)
+        self._trainer.cache.forget([text for record, text in pairs if record not in kept])
         self._drop_outbox()
 
     # --- private ----------------------------------------------------------------------------------

@@ -104,6 +104,27 @@ class FeatureCache:
             return torch.zeros(0, self.foundation.width, dtype=torch.int16)
         return torch.from_numpy(np.stack([self._rows[key] for key in keys]))
 
+    def forget(self, texts: Sequence[str]) -> None:
+        """Drop the integers of these texts from memory and from every file of the folder.
+
+        A text that is asked for again is embedded again, to the same integers.
+        """
+        gone = {self._key(text) for text in texts}
+        for key in gone:
+            self._rows.pop(key, None)
+        if self.folder is None:
+            return
+        for path in sorted(self.folder.glob("*.features")):
+            try:
+                found = dict(_entries(path.read_bytes(), self.foundation.width))
+            except (FileNotFoundError, _Damaged):
+                continue
+            kept = {key: row for key, row in found.items() if key not in gone}
+            if len(kept) < len(found):
+                if kept:
+                    self._keep(list(kept), np.stack(list(kept.values())))
+                path.unlink(missing_ok=True)
+
     def _keep(self, keys: Sequence[bytes], rows: np.ndarray) -> None:
         assert self.folder is not None
         try:

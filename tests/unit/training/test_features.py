@@ -144,3 +144,14 @@ def test_models_and_lengths_do_not_share_entries(
     shorter = load(str(encoder_folder), max_tokens=5)
     assert not torch.equal(FeatureCache(shorter, tmp_path).integers([long]), one)
     assert FeatureCache(stories, tmp_path).integers([long]).shape == (1, 64)
+
+
+def test_a_forgotten_text_leaves_memory_and_every_file(encoder: Foundation, tmp_path: Path) -> None:
+    cache = FeatureCache(encoder, tmp_path)
+    before = cache.integers(["fever", "cough", "headache"])
+
+    cache.forget(["cough", "never seen"])
+
+    assert len(cache) == 2
+    assert len(FeatureCache(encoder, tmp_path)) == 2
+    assert torch.equal(cache.integers(["fever", "cough", "headache"]), before)
