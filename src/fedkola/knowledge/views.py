@@ -491,7 +491,11 @@ def _merge(
 
 
 def _solve(matrix: Tensor, right: Tensor, lam: float, *, floor: float = 0.0) -> Tensor:
-    """(M + (lam diag_mean(M) + floor) I)^-1 right, float32; ``matrix`` is overwritten."""
+    """(M + (lam diag_mean(M) + floor) I)^-1 right, float32; ``matrix`` is overwritten.
+
+    Row by row in memory, as a view that was saved or published is: products of another layout
+    round differently.
+    """
     matrix.diagonal().add_(lam * float(matrix.diagonal().mean()) + floor)
     factor = torch.linalg.cholesky(matrix)
-    return torch.cholesky_solve(right.contiguous(), factor).to(torch.float32)
+    return torch.cholesky_solve(right.contiguous(), factor).to(torch.float32).contiguous()
