@@ -11,7 +11,7 @@ PYTHON   ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3
               "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
               && { echo "$$p"; break; }; done)
 PIP      := $(BIN)/python -m pip --disable-pip-version-check
-PROFILE  ?= full
+PROFILE  ?= standard
 # Warnings of the dependency resolver about pages of an index are of no use to a reader.
 QUIET    ?= --quiet
 # Test files spread over two processes: each loads torch once and takes one thread.
