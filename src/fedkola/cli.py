@@ -217,15 +217,17 @@ def run(
 @app.command(
     epilog=_examples(
         "fedkola bench dynamic --profile quick",
-        "fedkola bench dynamic --stream icd-chapters --seeds 3 --out benchmarks/results",
+        "fedkola bench dynamic --profile full --seeds 3 --out benchmarks/results",
     )
 )
 def bench(
     suite: Annotated[str, typer.Argument(help=f"The suite: {', '.join(SUITES)}.")],
     stream: Annotated[str, typer.Option(help="Stream of the suite.")] = "icd-chapters",
-    profile: Annotated[str, typer.Option(help="Size: quick, standard or full.")] = "full",
+    profile: Annotated[str, typer.Option(help="Size: quick, standard or full.")] = "standard",
     seeds: Annotated[int, typer.Option(min=0, help="Seeds to run; 0 is the profile's own.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for JSON and tables.")] = Path("runs/bench"),
+    out: Annotated[Path, typer.Option(help="Folder for JSON and tables.")] = Path(
+        "benchmarks/results"
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Run a frozen evaluation suite and compare it with its targets."""
@@ -233,15 +235,18 @@ def bench(
         raise UnknownName(f"suite {suite!r} was given; this version knows {', '.join(SUITES)}")
     from fedkola.evaluation import dynamic
 
-    again = f"fedkola bench {suite} --profile {profile} --out {shlex.quote(str(out))}"
-    with _resumable(out, again), _drawn(suite) as (note, progress):
+    again = (
+        f"fedkola bench {suite} --stream {stream} --profile {profile} --seeds {seeds} "
+        f"--out {shlex.quote(str(out))}"
+    )
+    with _resumable(None, again), _drawn(suite) as (note, progress):
         result = dynamic.run(
             stream=stream, profile=profile, seeds=seeds, out=out, note=note, progress=progress
         )
     if as_json:
         _print_json(dict(result))
         return
-    _targets(result.get("targets", ()))
+    print(dynamic.table(result))
     print(f"results: {out}")
 
 
@@ -602,16 +607,21 @@ _EXAMINATIONS: tuple[Callable[[Path], Iterator[Check]], ...] = (
 
 
 @contextmanager
-def _resumable(folder: Path, again: str) -> Iterator[None]:
-    """On Ctrl-C say what is saved and how to go on, and exit 130."""
+def _resumable(folder: Path | None, again: str) -> Iterator[None]:
+    """On Ctrl-C say what is saved and how to go on, and exit 130.
+
+    ``folder`` is that of a run; None is a suite, which keeps each cell that it has measured.
+    """
     try:
         yield
     except KeyboardInterrupt:
         from fedkola.ledger import Ledger
 
+        saved = f"what was measured is kept; go on: {again}"
         try:
-            with Ledger.open(folder) as ledger:
-                saved = f"saved at round {ledger.run().round}; resume: {again}"
+            if folder is not None:
+                with Ledger.open(folder) as ledger:
+                    saved = f"saved at round {ledger.run().round}; resume: {again}"
         except RunNotFound:
             saved = "stopped before anything was saved; give the same command again"
         print(f"\n{saved}", file=sys.stderr)
@@ -766,11 +776,6 @@ def _comparison(rows: Iterable[Mapping[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
     _stdout().print(table)
-
-
-def _targets(targets: Iterable[Mapping[str, Any]]) -> None:
-    for target in targets:
-        print("  ".join(f"{key}: {_cell(value)}" for key, value in target.items()))
 
 
 # --- private: a bank ------------------------------------------------------------------------------
@@ -928,7 +933,7 @@ def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _number(value: float) -> str:
-    if isinstance(value, int) or value == round(value):
+    if isinstance(value, int) or value.is_integer():
         return f"{value:.0f}"
     return f"{value:.3f}" if abs(value) < 1 else f"{value:.4g}"
 

@@ -127,7 +127,7 @@ def test_a_model_folder_without_tokenizer_is_refused(
 
 
 def test_an_unknown_key_names_the_nearest(fedkola: Fedkola, plan_of: Write) -> None:
-    plan = plan_of(knowledge="featurs = 3")
+    plan = plan_of(knowledge="feature = 3")
     refused(fedkola, "run", plan, error="UnknownKey", code=2, says="nearest is knowledge.features")
     words = ("run", plan_of(), "--set", "privacy.epsilno=3")
     refused(fedkola, *words, error="UnknownKey", code=2, says="nearest is privacy.epsilon")
