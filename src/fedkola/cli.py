@@ -652,17 +652,19 @@ def _drawn(
         speed_estimate_period=3600,
     )
     with bars:
-        task = bars.add_task(title, total=total, completed=done)
+        task = bars.add_task(f"{title}: round {done + 1}", total=total, completed=done)
 
         def note(text: str) -> None:
+            nonlocal title
             if console.is_terminal:
                 console.print(text)
-                bars.update(task, description=text.partition(":")[0])
+                title = text.partition(":")[0]
+                bars.update(task, description=title)
 
         def progress(report: "Report") -> None:
             if console.is_terminal:
                 console.print(_line(report))
-                bars.update(task, advance=1)
+                bars.update(task, advance=1, description=f"{title}: round {report.round + 1}")
 
         yield note, progress
 
@@ -933,9 +935,11 @@ def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _number(value: float) -> str:
-    if isinstance(value, int) or value.is_integer():
-        return f"{value:.0f}"
-    return f"{value:.3f}" if abs(value) < 1 else f"{value:.4g}"
+    if isinstance(value, int):
+        return str(value)
+    if abs(value) <= 1:
+        return f"{value:.3f}"
+    return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
 
 
 def _cell(value: Any) -> str:

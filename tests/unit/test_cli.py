@@ -192,7 +192,14 @@ def test_a_row_of_the_final_table_leaves_single_scopes_out():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(3, "3"), (3.0, "3"), (0.41234, "0.412"), (12.3456, "12.35"), (math.inf, "inf")],
+    [
+        (3, "3"),
+        (3.0, "3"),
+        (1.0, "1.000"),
+        (0.41234, "0.412"),
+        (12.3456, "12.35"),
+        (math.inf, "inf"),
+    ],
 )
 def test_numbers_are_short(value: float, text: str):
     assert cli._number(value) == text
