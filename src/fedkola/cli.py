@@ -6,6 +6,8 @@ is drawn on stderr and only for a terminal. Whatever imports torch is imported i
 that ``--help`` answers at once.
 """
 
+import errno
+import importlib.metadata
 import json
 import math
 import os
@@ -59,6 +61,9 @@ INTERRUPTED = 130
 SUITES = ("dynamic",)
 WAITS = "waits at its sites: too few of them, or too few records; asked again every round"
 
+# What a disk says when it is full, over quota, read-only or not ours.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
 app = typer.Typer(
     help="Keep a foundation model's knowledge current across institutions that cannot share data.",
     epilog="Start with: fedkola doctor, then fedkola demo. Each verb has examples in its --help.",
@@ -82,6 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FedKolaError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from error
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        print(
+            f"LedgerError: {error.filename or 'a file'} cannot be written ({error.strerror}); "
+            "every committed round is safe: make room or change the owner, and try again",
+            file=sys.stderr,
+        )
+        raise SystemExit(LedgerError.exit_code) from error
 
 
 def _examples(*lines: str) -> str:
@@ -516,7 +530,6 @@ def _examine_python(folder: Path) -> Iterator[Check]:
 def _examine_torch(folder: Path) -> Iterator[Check]:
     try:
         import torch
-        import transformers
     except ImportError as error:
         yield Check(name="torch", found=str(error), todo="run make install again")
         return
@@ -527,7 +540,7 @@ def _examine_torch(folder: Path) -> Iterator[Check]:
     yield Check(
         name="torch",
         found=f"{torch.__version__} with {torch.get_num_threads()} threads of "
-        f"{os.cpu_count()} processors, transformers {transformers.__version__}",
+        f"{os.cpu_count()} processors, transformers {importlib.metadata.version('transformers')}",
     )
     defaults = Knowledge()
     try:

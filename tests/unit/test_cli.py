@@ -1,5 +1,6 @@
 """The command line without a run: help, refusals, the doctor, and what is printed how."""
 
+import errno
 import json
 import math
 import subprocess
@@ -96,8 +97,22 @@ def test_every_error_ends_as_one_line_and_its_exit_code(
     assert capsys.readouterr().err == f"{error.__name__}: 3 was given; expected 4; add 1\n"
 
 
+def test_a_disk_that_is_full_outside_the_ledger_is_named_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    broken = typer.Typer()
+
+    @broken.command()
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/r/report.html")
+
+    monkeypatch.setattr(cli, "app", broken)
+    assert ended() == 8
+    said = capsys.readouterr().err
+    assert said.startswith("LedgerError: runs/r/report.html cannot be written (No space left")
+
+
 def test_a_defect_keeps_its_traceback_and_exits_1(tmp_path: Path):
-    """A table where a folder of blobs belongs is nothing that fedkola foresees."""
     program = (
         "from fedkola import cli\n"
         "def broken(*_): raise ZeroDivisionError('a defect')\n"
