@@ -159,7 +159,7 @@ def summary(cells: Sequence[CellOutcome]) -> str:
     """For example "9 cells: 6 E0, 3 E1"."""
     counts = {name: sum(c.outcome == name for c in cells) for name in ("E0", "E1", "E2")}
     parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    return f"{len(cells)} cells: {parts}"
+    return f"{len(cells)} cells: {parts}" if parts else "0 cells"
 
 
 def _entry(request: Request, *, settled: bool) -> dict[str, Any]:
