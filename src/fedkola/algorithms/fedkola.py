@@ -48,10 +48,10 @@ from fedkola.types import (
     Weights,
 )
 
-TEMPERATURES = tuple(0.01 * 10 ** (k / 8) for k in range(20))
+TEMPERATURES = tuple(0.01 * 10 ** (k / 6) for k in range(13))
 UNKNOWN_BINS = 512
 UNKNOWN_RANGE = (-4.0, 12.0)  # of the relative distance, in multiples of the width
-CALIBRATION_RECORDS = 64
+CALIBRATION_RECORDS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
