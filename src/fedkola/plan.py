@@ -60,6 +60,7 @@ class Task:
     sites: int = 12
     windows: int = 8
     overlap: float = 0.1
+    backlog: float = 0.0
     per_label: int = 0
     train: str = ""
     test: str = ""
@@ -195,6 +196,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "task.sites": (1, _WORD),
     "task.windows": (1, _WORD),
     "task.overlap": (0, 1),
+    "task.backlog": (0, 1),
     "task.per_label": (0, _WORD),
     "task.test_share": (0, 1),
     "scenario.noisy": (0, 1),

@@ -49,6 +49,7 @@ plans = st.builds(
         sites=positive,
         windows=positive,
         overlap=shares,
+        backlog=shares,
         per_label=counts,
         train=texts,
         test=texts,

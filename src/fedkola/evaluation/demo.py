@@ -28,7 +28,7 @@ def plan() -> Plan:
     """The demo's plan; ``fedkola run`` with it gives the same bank without the comparison."""
     return Plan(
         run=Run(name="demo", seed=7, folder="runs"),
-        task=Task(name="icd10cm", level="block", sites=12, windows=8, per_label=30),
+        task=Task(name="icd10cm", level="block", sites=12, windows=8, backlog=0.15, per_label=30),
         scenario=Scenario(
             noisy={"lakeside-eye-ear": 0.4},
             late={"valley-community": 4},
@@ -37,10 +37,10 @@ def plan() -> Plan:
         cohort=Cohort(minimum=3),
         algorithm=Algorithm(name="fedkola", rank=8, alpha=16.0, batch=16, lr=1e-3),
         knowledge=Knowledge(
-            features=2048,
+            features=1024,
             lanes=("analytic", "router", "lora"),
-            lora_records=32,
-            lora_steps=2,
+            lora_records=16,
+            lora_steps=1,
             public_reference=True,
         ),
     )
@@ -48,7 +48,7 @@ def plan() -> Plan:
 
 def baselines(whole: Plan) -> dict[str, Plan]:
     """The same records under other methods; rates were chosen on another seed."""
-    iterated = Algorithm(name="fedit", rank=8, alpha=16.0, batch=32, lr=3e-3, epochs=2.0)
+    iterated = Algorithm(name="fedit", rank=8, alpha=16.0, batch=32, lr=5e-4, epochs=2.0)
     return {
         "local": replace(whole, algorithm=replace(whole.algorithm, name="local")),
         "fedit": replace(whole, algorithm=iterated),

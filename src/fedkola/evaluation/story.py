@@ -15,6 +15,7 @@ from fedkola.algorithms.fedkola import State as BankState
 from fedkola.evaluation import answers, machine, metrics, oneshot, scoring
 from fedkola.evaluation.answers import Answer
 from fedkola.knowledge.bank import CellKind
+from fedkola.knowledge.stream import Records
 from fedkola.ledger import EventRow, Ledger, RoundRow
 from fedkola.plan import as_dict
 from fedkola.server import Federation
@@ -126,7 +127,11 @@ def _window(federation: Federation, row: RoundRow, events: Sequence[EventRow]) -
         if number > last
     }
     notes = [f"{site} joins" for site, w in federation.plan.scenario.late.items() if w == number]
-    notes += [f"{e.subject} waits with {e.body['records']} records" for e in parked]
+    if parked:
+        waiting = sum(event.body["records"] for event in parked)
+        names_of = ", ".join(scope_text(federation, event.subject) for event in parked)
+        few = f"fewer than {federation.plan.knowledge.k_min} sites bring the same"
+        notes.append(f"{waiting} records wait at their sites, since {few}: {names_of}")
     notes += [
         f"{event.body['site']} is forgotten: {event.body['records']} records"
         for event in here
@@ -185,7 +190,8 @@ def _agreement(federation: Federation, state: BankState) -> dict[str, float]:
     measure at home with the view it downloads."""
     nodes = scoring.arrived(federation, state.number)
     found = {}
-    for name, data in federation.stream.sites.items():
+    for name, whole in federation.stream.sites.items():
+        data = Records(whole).until(state.number)
         step = max(1, len(data) // AGREEMENT_RECORDS)
         sample = data.take(range(0, len(data), step))
         scores = scoring.scores_of(federation, state, sample, nodes)

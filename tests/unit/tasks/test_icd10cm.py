@@ -178,3 +178,17 @@ def test_reading_the_list_takes_seconds():
     icd10cm.load(Task(), seed=3)
 
     assert time.process_time() - start < 10
+
+
+def test_a_backlog_arrives_in_the_last_window_and_never_delays_a_category():
+    on_time = icd10cm.load(Task(per_label=8, windows=6), seed=7)
+    late = icd10cm.load(Task(per_label=8, windows=6, backlog=0.5), seed=7)
+
+    moved = sum(
+        sum(w == 6 for w in late.sites[name].windows) - sum(w == 6 for w in data.windows)
+        for name, data in on_time.sites.items()
+    )
+    assert moved > 100
+    assert late.test.windows == on_time.test.windows
+    for name, data in on_time.sites.items():
+        assert sorted(late.sites[name].records) == sorted(data.records)

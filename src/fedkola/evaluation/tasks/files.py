@@ -6,7 +6,7 @@ are simulated by ``partition``. *Windows* come from the column
 order of the records; ``window = "label"`` lets labels arrive one group after the other (scopes
 where there are several, else single labels). The *test* is a file of its own, else a share of the
 records chosen by a hash of the text, so that equal texts stay on one side. Keys of [task] that
-concern hospitals alone (``overlap``) are not read.
+concern hospitals alone (``overlap``, ``backlog``) are not read.
 """
 
 import glob

@@ -81,8 +81,9 @@ def load(task: Task, *, seed: int) -> Stream:
     """The hospitals' stream; the same for equal ``task`` and ``seed``.
 
     Reads ``level``, ``sites`` (at least 4), ``windows`` (1 to 22), ``overlap`` (share of records
-    that a second hospital holds as well) and ``per_label``. Raises PlanError for values outside
-    these, DataError where the package is missing.
+    that a second hospital holds as well), ``backlog`` (share that is coded late and arrives in the
+    last window) and ``per_label``. Raises PlanError for values outside these, DataError where the
+    package is missing.
     """
     _check(task)
     catalogue, everything = tabular()
@@ -101,7 +102,7 @@ def load(task: Task, *, seed: int) -> Stream:
         chance = seeded(seed, "split", str(number))
         for name, share in _split(rows, _weights(houses, number, chance), task, chance).items():
             held[name] += share
-    sites = {name: _dataset(name, rows, arrival, seed) for name, rows in held.items()}
+    sites = {name: _dataset(name, rows, arrival, task, seed) for name, rows in held.items()}
     first = first_windows(catalogue, sites)
     return Stream(
         catalogue=catalogue,
@@ -302,9 +303,13 @@ def _split(
     return held
 
 
-def _dataset(name: str, rows: Sequence[Code], arrival: Mapping[str, int], seed: int) -> Dataset:
+def _dataset(
+    name: str, rows: Sequence[Code], arrival: Mapping[str, int], task: Task, seed: int
+) -> Dataset:
     """A hospital's records by window, then code, each with a made-up patient."""
-    codes = sorted(rows, key=lambda code: (arrival[_chapter_name(code.chapter)], code.code))
+    window = _arrivals(name, rows, arrival, task, seed)
+    order = sorted(range(len(rows)), key=lambda i: (window[i], rows[i].code))
+    codes = [rows[i] for i in order]
     chance = seeded(seed, "patients", name)
     patients = [""] * len(codes)
     left = number = 0
@@ -319,5 +324,20 @@ def _dataset(name: str, rows: Sequence[Code], arrival: Mapping[str, int], seed: 
         texts=tuple(code.text for code in codes),
         labels=tuple(code.category for code in codes),
         patients=tuple(patients),
-        windows=tuple(arrival[_chapter_name(code.chapter)] for code in codes),
+        windows=tuple(window[i] for i in order),
     )
+
+
+def _arrivals(
+    name: str, rows: Sequence[Code], arrival: Mapping[str, int], task: Task, seed: int
+) -> list[int]:
+    """The window of every record: its chapter's, or the last one for the backlog. The first
+    record of a category at a hospital is never late, so a chapter is known when it arrives."""
+    chance = seeded(seed, "backlog", name)
+    seen: set[str] = set()
+    windows = []
+    for code in rows:
+        late = code.category in seen and chance.random() < task.backlog
+        windows.append(task.windows if late else arrival[_chapter_name(code.chapter)])
+        seen.add(code.category)
+    return windows
