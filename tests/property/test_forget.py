@@ -31,7 +31,7 @@ patients = st.tuples(st.sampled_from(small.SITES), st.integers(0, 6))
 
 
 @given(chosen=st.lists(patients, min_size=1, max_size=3, unique=True))
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_removing_patients_of_any_sites_equals_never_having_had_them(chosen):
     torch.set_num_threads(1)
     requests = [Request(kind="patient", site=s, name=f"{s}-p{n}") for s, n in chosen]

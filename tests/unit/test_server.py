@@ -1,0 +1,433 @@
+"""Runs and removals: refused plans, absent and late sites, and forgetting that leaves no trace."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_federation as small
+from safetensors.torch import load_file
+
+from fedkola import server
+from fedkola.errors import (
+    CohortTooSmall,
+    Incompatible,
+    KnowledgeError,
+    UnknownCell,
+    UnknownName,
+)
+from fedkola.knowledge import bank as banks
+from fedkola.knowledge import forget, journal
+from fedkola.knowledge.bank import CellKind
+from fedkola.knowledge.forget import ForgetReceipt, Request
+from fedkola.ledger import Ledger
+
+FAST = 'knowledge.lanes=["analytic", "router"]'
+SITE = Request(kind="site", site="west")
+PATIENT = Request(kind="patient", site="north", name="north-p3")
+RECORD = Request(kind="record", site="east", name="east-4")
+
+
+# --- what is refused before round 1 ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "message"),
+    [
+        ("algorithm.name=sgd", UnknownName, "algorithm.name = 'sgd'"),
+        ("engine.name=flower", UnknownName, "engine.name = 'flower'"),
+        ("privacy.secure_sum=true", Incompatible, "less protection"),
+        ("privacy.epsilon=8", Incompatible, "no epsilon"),
+        ("quality.mode=robust", Incompatible, "quality.mode"),
+        ("knowledge.membership=enrolled", Incompatible, "padded"),
+        ("cohort.minimum=2", Incompatible, "k_min"),
+        ("knowledge.slots_max=9", Incompatible, "room for 8"),
+        ("task.level=chapter", UnknownName, "task.level"),
+    ],
+)
+def test_a_plan_that_cannot_hold_is_refused_before_anything_runs(
+    tmp_path: Path, setting: str, error: type[Exception], message: str
+):
+    with pytest.raises(error, match=message):
+        small.assemble(tmp_path, setting)
+
+
+# --- rounds ---------------------------------------------------------------------------------------
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    with Ledger.open(folder) as ledger:
+        return [dict(row.report) for row in ledger.rounds("small")]
+
+
+def test_a_round_is_one_row_with_cohort_traffic_and_measures(tmp_path: Path):
+    federation = small.assemble(tmp_path, FAST)
+    with Ledger.open(tmp_path, create=True) as ledger:
+        server.run(
+            federation,
+            ledger,
+            observe=lambda number, state: {"cells": float(len(state.bank.cells))},
+            progress=lambda report: None,
+        )
+        assert ledger.run().state == "done"
+        ledger.verify("small")
+    rows = reports(tmp_path)
+    assert [(row["round"], row["metrics"]) for row in rows] == [
+        (1, {"cells": 2.0}),
+        (2, {"cells": 6.0}),
+        (3, {"cells": 10.0}),
+    ]
+    assert all(tuple(row["cohort"]) == small.SITES and row["refused"] == {} for row in rows)
+    assert all(row["bytes_up"] > 0 < row["bytes_down"] for row in rows)
+
+
+def test_a_site_that_raises_and_one_that_answers_garbage_are_refused_rows(tmp_path: Path):
+    def raises(answer: small.Answer) -> small.Answer:
+        def reply(message: bytes) -> bytes:
+            raise MemoryError("out of memory")
+
+        return reply
+
+    def garbage(answer: small.Answer) -> small.Answer:
+        return lambda message: b"\x00" * 50
+
+    wrap = {"west": raises, "east": garbage}
+    state = small.run(small.assemble(tmp_path / "bad", FAST, wrap=wrap))
+    refused = {"west": "Unreachable", "east": "WireError"}
+    assert [row["refused"] for row in reports(tmp_path / "bad")] == [refused] * 3
+    honest = {site: small.records(site) for site in ("north", "south", "centre")}
+    alone = small.run(small.assemble(tmp_path / "alone", FAST, sites=honest))
+    assert small.cells(state) == small.cells(alone)
+
+
+def test_a_site_whose_records_break_its_step_is_refused_by_its_code(tmp_path: Path):
+    sites = small.data()
+    whole = sites["west"]
+    sites["west"] = small.replace(whole, labels=("no such label", *whole.labels[1:]))
+    state = small.run(small.assemble(tmp_path, FAST, sites=sites))
+    assert [row["refused"] for row in reports(tmp_path)] == [{"west": "StepFailed"}] * 3
+    assert {cell.about.contributors for cell in state.bank.cells} == {4}
+
+
+def test_fewer_answers_than_the_minimum_stop_the_run_and_it_can_go_on(tmp_path: Path):
+    dead = dict.fromkeys(("east", "west"), lambda answer: lambda message: b"")
+    settings = (FAST, "cohort.minimum=4")
+    with pytest.raises(CohortTooSmall, match=r"round 1 finds 3 sites, cohort\.minimum asks for 4"):
+        small.run(small.assemble(tmp_path / "a", *settings, wrap=dead))
+    resumed = small.run(small.assemble(tmp_path / "a", *settings))
+    undisturbed = small.run(small.assemble(tmp_path / "b", *settings))
+    assert small.fingerprint(resumed) == small.fingerprint(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["fedkola", "fedit", "local"])
+def test_a_cohort_below_the_minimum_is_not_even_asked(tmp_path: Path, name: str):
+    late = "scenario.late={north=3, south=3, east=3}"
+    with pytest.raises(CohortTooSmall, match="round 1 finds 2 sites"):
+        small.run(small.assemble(tmp_path, FAST, late, f"algorithm.name={name}"))
+
+
+def test_a_late_site_contributes_all_it_holds_in_its_first_round(tmp_path: Path):
+    late = small.run(small.assemble(tmp_path, FAST, "scenario.late={west=2}"))
+    cohorts = [tuple(row["cohort"]) for row in reports(tmp_path)]
+    assert cohorts == [tuple(s for s in small.SITES if s != "west"), small.SITES, small.SITES]
+    west = small.records("west")
+    heart = [c for c in late.bank.cells if c.about.module == "heart@1"]
+    records = {(c.about.round, c.about.kind): c.about.records for c in heart}
+    others = [small.records(site) for site in cohorts[0]]
+    new = sum(
+        label.startswith("heart") and window == 2
+        for data in others
+        for label, window in zip(data.labels, data.windows, strict=True)
+    )
+    backlog = sum(
+        label.startswith("heart") and window <= 2
+        for label, window in zip(west.labels, west.windows, strict=True)
+    )
+    assert records[2, CellKind.ANALYTIC] == new + backlog
+    punctual = small.run(small.assemble(tmp_path / "p", FAST))
+    assert total_records(late) == total_records(punctual)
+
+
+def total_records(state: Any) -> int:
+    return sum(c.about.records for c in state.bank.cells if c.about.kind is CellKind.ANALYTIC)
+
+
+def test_a_sampled_cohort_is_drawn_from_seed_and_round_alone(tmp_path: Path):
+    first = small.run(small.assemble(tmp_path / "a", FAST, "cohort.size=4"))
+    again = small.run(small.assemble(tmp_path / "b", FAST, "cohort.size=4"))
+    cohorts = [tuple(row["cohort"]) for row in reports(tmp_path / "a")]
+    assert [len(cohort) for cohort in cohorts] == [4, 4, 4]
+    assert cohorts == [tuple(row["cohort"]) for row in reports(tmp_path / "b")]
+    assert small.fingerprint(first) == small.fingerprint(again)
+
+
+# --- forgetting -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run with analytic, router and LoRA cells."""
+    folder = tmp_path_factory.mktemp("finished")
+    small.run(small.assemble(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def never(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Request], Any]:
+    """The final state of the federation that never had what a request names."""
+    known: dict[str, Any] = {}
+
+    def state(request: Request) -> Any:
+        if request.id not in known:
+            sites = small.data()
+            if request.kind == "site":
+                del sites[request.site]
+            elif request.kind == "patient":
+                sites = small.without(sites, request.site, patients=(request.name,))
+            else:
+                sites = small.without(sites, request.site, ids=(request.name,))
+            folder = tmp_path_factory.mktemp("never")
+            known[request.id] = small.run(small.assemble(folder, sites=sites))
+        return known[request.id]
+
+    return state
+
+
+@pytest.fixture
+def deep(finished: Path, tmp_path: Path) -> small.Federation:
+    shutil.copytree(finished, tmp_path / "run")
+    return small.assemble(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def finished_fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without LoRA cells."""
+    folder = tmp_path_factory.mktemp("fast")
+    small.run(small.assemble(folder, FAST))
+    return folder
+
+
+@pytest.fixture
+def federation(finished_fast: Path, tmp_path: Path) -> small.Federation:
+    shutil.copytree(finished_fast, tmp_path / "run")
+    return small.assemble(tmp_path / "run", FAST)
+
+
+def removed(
+    federation: small.Federation, *requests: Request, recount: bool = True
+) -> tuple[list[ForgetReceipt], Any]:
+    with Ledger.open(federation.folder) as ledger:
+        receipts = [server.remove(federation, ledger, r, recount=recount) for r in requests]
+        ledger.verify("small")
+        return receipts, server.load_state(federation, ledger)[0]
+
+
+@pytest.mark.parametrize(
+    ("request_", "classes"),
+    [
+        (SITE, {"analytic": "E0", "router": "E0", "lora": "E1"}),
+        (PATIENT, {"analytic": "E0", "router": "E0", "lora": "E2"}),
+        (RECORD, {"analytic": "E0", "router": "E0", "lora": "E2"}),
+    ],
+    ids=["site", "patient", "record"],
+)
+def test_after_a_removal_every_cell_and_the_view_are_those_of_a_federation_that_never_had_it(
+    deep: small.Federation, never: Any, request_: Request, classes: dict[str, str]
+):
+    (receipt,), after = removed(deep, request_)
+    clean = never(request_)
+    view = deep.algorithm.view
+    assert small.cells(after) == small.cells(clean)
+    assert view(after).id == view(clean).id == receipt.view_after != receipt.view_before
+    assert after.calibration == clean.calibration
+    counts = {c.about.id: (c.about.records, c.about.contributors) for c in after.bank.cells}
+    assert counts == {c.about.id: (c.about.records, c.about.contributors) for c in clean.bank.cells}
+    assert {(cell.kind, cell.outcome) for cell in receipt.cells} == set(classes.items())
+    assert receipt.recount is True
+    assert receipt.records > 0
+    for cell in receipt.cells:
+        assert cell.before != cell.after == small.cells(after)[cell.cell]
+
+
+def test_a_removal_changes_no_cell_that_it_does_not_concern(
+    finished_fast: Path, federation: small.Federation
+):
+    with Ledger.open(finished_fast) as ledger:
+        before = small.cells(server.load_state(federation, ledger)[0])
+    (receipt,), after = removed(federation, RECORD)
+    concerned = {cell.cell for cell in receipt.cells}
+    assert len(concerned) == 2
+    assert receipt.records == 1
+    for cell, words in small.cells(after).items():
+        assert (words == before[cell]) == (cell not in concerned)
+
+
+def test_the_ledger_keeps_the_receipt_and_the_events_of_a_removal(federation: small.Federation):
+    (receipt,), after = removed(federation, PATIENT)
+    with Ledger.open(federation.folder) as ledger:
+        (row,) = ledger.removals("small")
+        events = ledger.events("small")
+    assert forget.receipt_from(row["receipt"]) == receipt
+    assert (events[-1].kind, events[-1].subject, events[-1].round) == ("FORGET", PATIENT.id, 3)
+    withdrawn = {e.subject: e.body["words"] for e in events if e.kind == "WITHDRAW"}
+    assert withdrawn == {cell.cell: cell.after for cell in receipt.cells}
+    history = [(e.kind, e.subject, e.body) for e in events]
+    assert banks.fold(history) == json.loads(json.dumps(banks.metadata(after.bank)))
+    assert PATIENT.name not in json.dumps([dict(e.body) for e in events])
+
+
+def test_nothing_of_a_removed_patient_is_left_in_journals_receipts_outbox_and_blobs(
+    deep: small.Federation,
+):
+    site = deep.sites["north"]
+    blobs = deep.folder / "blobs"
+    before = {path.name for path in blobs.iterdir()}
+    receipts = site.store / "receipts"
+    addends = {path.name: load_file(path) for path in receipts.iterdir()}
+    (receipt,), _ = removed(deep, PATIENT)
+    for entry in journal.entries(site.store):
+        assert PATIENT.name not in entry.patients
+    for path in (site.store / "journal").iterdir():
+        assert PATIENT.name.encode() not in path.read_bytes()
+    assert not (site.store / "outbox").exists()
+    assert {path.name for path in receipts.iterdir()} <= set(addends)
+    changed = [
+        name
+        for name, old in addends.items()
+        if int(load_file(receipts / name)["weight"]) < int(old["weight"])
+    ]
+    assert len(changed) == len({cell.module + cell.cell for cell in receipt.cells}) // 3
+    with Ledger.open(deep.folder) as ledger:
+        saved = ledger.last("small")
+    assert saved is not None
+    kept = {path.name for path in blobs.iterdir()}
+    assert before - kept  # the old sums are gone from the disk
+    assert len(kept) <= len(saved.tensors)
+
+
+def test_nothing_of_a_removed_site_is_left_at_the_site(deep: small.Federation):
+    removed(deep, SITE)
+    store = deep.sites["west"].store
+    assert list((store / "journal").iterdir()) == []
+    assert list((store / "receipts").iterdir()) == []
+    assert not (store / "outbox").exists()
+
+
+def test_asking_twice_removes_once_and_returns_the_same_receipt(federation: small.Federation):
+    (first,), after = removed(federation, PATIENT)
+    (second,), again = removed(federation, PATIENT)
+    assert first == second
+    assert small.fingerprint(after) == small.fingerprint(again)
+    with Ledger.open(federation.folder) as ledger:
+        assert len(ledger.removals("small")) == 1
+
+
+def test_two_removals_in_either_order_leave_one_bank(
+    finished: Path, deep: small.Federation, tmp_path: Path
+):
+    same_site = Request(kind="patient", site="north", name="north-p4")
+    other_site = Request(kind="record", site="south", name="south-6")
+    shutil.copytree(finished, tmp_path / "other")
+    other = small.assemble(tmp_path / "other")
+    requests = (PATIENT, same_site, other_site)
+    receipts, one = removed(deep, *requests)
+    _, two = removed(other, *reversed(requests))
+    assert small.cells(one) == small.cells(two)
+    assert small.fingerprint(one.calibration) == small.fingerprint(two.calibration)
+    shared = set.intersection(*({cell.cell for cell in r.cells} for r in receipts))
+    assert shared  # all three took from one cell in turn, each its own
+
+
+def test_two_sites_remove_from_one_cell_in_turn(federation: small.Federation, never: Any):
+    requests = [Request(kind="site", site=site) for site in ("west", "east")]
+    receipts, after = removed(federation, *requests)
+    assert [receipt.recount for receipt in receipts] == [True, True]
+    assert {c.cell for c in receipts[0].cells} == {c.cell for c in receipts[1].cells}
+    assert receipts[0].records == receipts[1].records == 30
+    assert {cell.about.contributors for cell in after.bank.cells} == {3}
+    assert total_records(after) == 90
+
+
+def test_removing_everyone_leaves_an_empty_bank(federation: small.Federation):
+    requests = [Request(kind="site", site=site) for site in small.SITES]
+    receipts, after = removed(federation, *requests, recount=False)
+    assert after.bank.cells == ()
+    assert len(after.bank.revoked) == 10
+    assert after.calibration == type(after.calibration)()
+    assert receipts[-1].view_after == ""
+    assert {cell.after for cell in receipts[-1].cells} == {"revoked"}
+    with pytest.raises(UnknownCell, match="no cell is live"):
+        federation.algorithm.view(after)
+    with Ledger.open(federation.folder) as ledger:
+        kinds = [event.kind for event in ledger.events("small")]
+    assert kinds.count("REVOKE") == 10
+
+
+def test_removed_records_never_come_back_in_later_rounds(tmp_path: Path):
+    federation = small.assemble(tmp_path, FAST, "run.rounds=2")
+    small.run(federation)
+    removed(federation, PATIENT)
+    with Ledger.open(tmp_path) as ledger:
+        state, _ = server.load_state(federation, ledger)
+    third = federation.algorithm.round(3, state, small.SITES, federation.clients)
+    clean = small.without(small.data(), "north", patients=(PATIENT.name,))
+    assert small.cells(third) == small.cells(
+        small.run(small.assemble(tmp_path / "n", FAST, sites=clean))
+    )
+
+
+def test_a_leaver_is_removed_after_its_last_round_and_not_asked_again(tmp_path: Path):
+    settings = (FAST, "scenario.leave={west=2}")
+    state = small.run(small.assemble(tmp_path / "a", *settings))
+    assert ["west" in row["cohort"] for row in reports(tmp_path / "a")] == [True, True, False]
+    with Ledger.open(tmp_path / "a") as ledger:
+        (row,) = ledger.removals("small")
+    receipt = forget.receipt_from(row["receipt"])
+    assert (receipt.site, receipt.kind, receipt.recount) == ("west", "site", True)
+    sites = small.data()
+    del sites["west"]
+    clean = small.run(small.assemble(tmp_path / "b", FAST, sites=sites))
+    assert small.cells(state) == small.cells(clean)
+    assert state.calibration == clean.calibration
+
+
+def test_a_leaver_that_never_contributed_is_no_error(tmp_path: Path):
+    settings = (FAST, "scenario.late={west=3}", "scenario.leave={west=2}")
+    small.run(small.assemble(tmp_path, *settings))
+    with Ledger.open(tmp_path) as ledger:
+        assert ledger.removals("small") == ()
+        assert ledger.run().state == "done"
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "message"),
+    [
+        (Request(kind="site", site="nowhere"), UnknownName, "no site 'nowhere'"),
+        (Request(kind="patient", site="north", name="p"), UnknownCell, "check the identifier"),
+    ],
+)
+def test_a_request_for_what_was_never_there_changes_nothing(
+    federation: small.Federation, request_: Request, error: type[Exception], message: str
+):
+    with Ledger.open(federation.folder) as ledger:
+        with pytest.raises(error, match=message):
+            server.remove(federation, ledger, request_)
+        assert ledger.removals("small") == ()
+    assert all(forget.accepted(site.store) == () for site in federation.sites.values())
+
+
+def test_methods_without_a_bank_cannot_forget_and_say_so(tmp_path: Path):
+    federation = small.assemble(tmp_path, "algorithm.name=fedit")
+    with Ledger.open(tmp_path, create=True) as ledger, pytest.raises(KnowledgeError, match="fedit"):
+        server.remove(federation, ledger, SITE)
+
+
+def test_nothing_can_be_forgotten_before_the_first_round(tmp_path: Path):
+    federation = small.assemble(tmp_path, FAST)
+    plan = federation.plan
+    with Ledger.open(tmp_path, create=True) as ledger:
+        ledger.start("small", server.as_dict(plan), server.digest(plan), now=0)
+        with pytest.raises(UnknownCell, match="no round is committed"):
+            server.remove(federation, ledger, SITE)
