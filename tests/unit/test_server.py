@@ -357,12 +357,32 @@ def test_removing_everyone_leaves_an_empty_bank(federation: small.Federation):
     assert len(after.bank.revoked) == 10
     assert after.calibration == type(after.calibration)()
     assert receipts[-1].view_after == ""
-    assert {cell.after for cell in receipts[-1].cells} == {"revoked"}
+    # With the third site gone two are left, below k_min: every cell is revoked there and then.
+    assert {cell.after for cell in receipts[2].cells} == {"revoked"}
+    assert receipts[3].cells == receipts[4].cells == ()
     with pytest.raises(UnknownCell, match="no cell is live"):
         federation.algorithm.view(after)
     with Ledger.open(federation.folder) as ledger:
         kinds = [event.kind for event in ledger.events("small")]
     assert kinds.count("REVOKE") == 10
+
+
+def test_a_cell_below_k_min_is_revoked_and_its_records_wait_for_the_next_one(tmp_path: Path):
+    federation = small.assemble(
+        tmp_path, FAST, "run.rounds=2", "knowledge.k_min=4", "cohort.minimum=4"
+    )
+    small.run(federation)
+    requests = [Request(kind="site", site=site) for site in ("west", "east")]
+    receipts, after = removed(federation, *requests)
+    assert {cell.after for cell in receipts[1].cells} == {"revoked"}
+    assert after.bank.cells == ()
+
+    lower = small.assemble(tmp_path, FAST, "run.rounds=3", "knowledge.k_min=3")
+    number = after.number + 1
+    staying = ("north", "south", "centre")
+    again = lower.algorithm.round(number, after, staying, lower.clients)
+    assert {cell.about.round for cell in again.bank.cells} == {number}
+    assert total_records(again) == sum(len(lower.stream.sites[site]) for site in staying)
 
 
 def test_removed_records_never_come_back_in_later_rounds(tmp_path: Path):

@@ -242,6 +242,7 @@ class FedKoLa:
                 total,
                 records=int(total.words[wire.WEIGHT]),
                 contributors=int(total.words[wire.METRIC + "contributors"]),
+                k_min=self.k_min,
             )
         return replace(state, bank=bank), tuple(before), removed
 

@@ -149,8 +149,14 @@ def seal(bank: Bank, about: KnowledgeCell, total: Aggregate) -> Bank:
     return replace(bank, cells=(*bank.cells, cell), labels=bank.labels + opened)
 
 
-def withdraw(bank: Bank, cell: str, total: Aggregate, *, records: int, contributors: int) -> Bank:
-    """Replace the integers of one cell after a removal; a cell left without records is revoked."""
+def withdraw(
+    bank: Bank, cell: str, total: Aggregate, *, records: int, contributors: int, k_min: int = 1
+) -> Bank:
+    """Replace the integers of one cell after a removal.
+
+    A cell left without records, or with fewer contributors than ``k_min``, is revoked: it would
+    never have been opened. What remaining sites put into it waits there for the next cell.
+    """
     held = find(bank, cell)
     about = replace(
         held.about,
@@ -158,7 +164,7 @@ def withdraw(bank: Bank, cell: str, total: Aggregate, *, records: int, contribut
         records=records,
         contributors=contributors,
     )
-    if records == 0:
+    if records == 0 or contributors < k_min:
         rest = tuple(c for c in bank.cells if c.about.id != cell)
         return replace(bank, cells=rest, revoked=(*bank.revoked, about))
     cells = tuple(Cell(about=about, total=total) if c is held else c for c in bank.cells)

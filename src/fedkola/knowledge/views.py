@@ -480,7 +480,9 @@ def _merge(
         total = decoded[f"{layer}.lora_B"]
         if rule.merge == "gram":
             gram = decoded[f"{layer}.gram"]
-            ridge = rule.merge_lam * gram.trace() / rank * torch.eye(rank, dtype=torch.float64)
+            # A cell without activations has a zero Gram and a zero S: its B is zero.
+            tau = gram.trace() / rank if gram.any() else torch.tensor(1.0, dtype=torch.float64)
+            ridge = rule.merge_lam * tau * torch.eye(rank, dtype=torch.float64)
             # S = sum_k B_k Gamma_k; the sum of Grams is symmetric, so solve on the transpose.
             b = torch.linalg.solve(gram + ridge, total.T).T
         else:
