@@ -113,7 +113,8 @@ class Algorithm:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knowledge:
     """The bank of cells. ``half_life`` is in windows (None never ages); ``lora_records`` 0 trains
-    on all records."""
+    on all records, ``lora_steps`` 0 passes once over them; cells of fewer than ``lora_floor``
+    records have no LoRA lane."""
 
     features: int = 4096
     bits: int = 4
@@ -126,6 +127,7 @@ class Knowledge:
     merge_lam: float = 1e-3
     lora_records: int = 0
     lora_steps: int = 0
+    lora_floor: int = 0
     k_min: int = 3
     label_floor: int = 16
     public_reference: bool = False
@@ -218,6 +220,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "knowledge.merge_lam": (0, _HUGE),
     "knowledge.lora_records": (0, _WORD),
     "knowledge.lora_steps": (0, _WORD),
+    "knowledge.lora_floor": (0, _WORD),
     "knowledge.k_min": (1, _WORD),
     "knowledge.label_floor": (0, _WORD),
     "knowledge.top_k": (1, _WORD),

@@ -192,6 +192,7 @@ def build(plan: Plan, catalogue: Catalogue, trainer: Trainer, level: int) -> Alg
             label_floor=k.label_floor,
             public_reference=k.public_reference,
             slots_max=k.slots_max,
+            lora_floor=k.lora_floor,
             rule=rule,
             catalogue=catalogue,
             targets=trainer.targets,
@@ -312,6 +313,7 @@ def remove(
         )
     if request.site not in federation.sites:
         raise UnknownName(f"no site {request.site!r}; this run has {sorted(federation.sites)}")
+    request = forget.keyed(federation.sites[request.site].store, request)
     _finish_removals(federation, ledger)
     done = _removed(federation, ledger)
     if request.id in done:

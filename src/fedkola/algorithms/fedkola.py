@@ -116,6 +116,7 @@ class FedKoLa:
     label_floor: int = field(metadata=LOCAL, default=16)
     public_reference: bool = field(metadata=LOCAL, default=False)
     slots_max: int = field(metadata=LOCAL, default=48)
+    lora_floor: int = field(metadata=LOCAL, default=0)
     rule: Rule = field(metadata=LOCAL, default_factory=Rule)
     catalogue: Catalogue | None = field(metadata=LOCAL, default=None)
     targets: Mapping[str, tuple[int, int]] = field(metadata=LOCAL, default_factory=dict)
@@ -156,7 +157,9 @@ class FedKoLa:
                 continue
             total = sum(row_records[i] for i in rows[scope])
             floor = 1 if self.public_reference else self._floor()
-            if holders[index] < self.k_min or total < floor:
+            deep = total >= self.lora_floor
+            kinds = [kind for kind in self.kinds() if deep or kind is not CellKind.LORA]
+            if holders[index] < self.k_min or total < floor or not kinds:
                 parked[scope] = records[index]
                 continue
             if records[index] > total:
@@ -171,7 +174,7 @@ class FedKoLa:
                     labels=tuple(rows[scope]),
                     records=total,
                 )
-                for kind in self.kinds()
+                for kind in kinds
             ]
         return tuple(opened), parked
 

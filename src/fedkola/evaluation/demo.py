@@ -28,7 +28,7 @@ def plan() -> Plan:
     """The demo's plan; ``fedkola run`` with it gives the same bank without the comparison."""
     return Plan(
         run=Run(name="demo", seed=7, folder="runs"),
-        task=Task(name="icd10cm", level="block", sites=12, windows=8, backlog=0.15, per_label=30),
+        task=Task(name="icd10cm", level="block", sites=12, windows=8, backlog=0.15, per_label=24),
         scenario=Scenario(
             noisy={"lakeside-eye-ear": 0.4},
             late={"valley-community": 4},
@@ -41,6 +41,7 @@ def plan() -> Plan:
             lanes=("analytic", "router", "lora"),
             lora_records=16,
             lora_steps=1,
+            lora_floor=128,
             public_reference=True,
         ),
     )

@@ -1,8 +1,9 @@
 """The independent check of a bank: all records of all sites summed at once, in one place.
 
-No rounds, no cells, no wire: one call over the union of what the present sites contributed. The
-bank's integers must equal it bit for bit, and the model read from it is the joint model of the
-same class, against which excess forgetting is measured.
+No rounds, no cells, no wire: one call over the union of what the present sites contributed, from
+their texts. Records that still wait at their sites belong to neither side. The bank's integers
+must equal it bit for bit, and the model read from it is the joint model of the same class,
+against which excess forgetting is measured.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
 from fedkola.knowledge import bank as banks
-from fedkola.knowledge import statistics
+from fedkola.knowledge import journal, statistics
 from fedkola.knowledge.bank import Bank, CellKind, KnowledgeCell
 from fedkola.server import Federation
 from fedkola.types import Aggregate, Grid
@@ -29,13 +30,15 @@ class OneShot:
 
 
 def compare(federation: Federation, state: BankState) -> OneShot:
-    """Sum everything that present sites have seen by now, and compare with the bank's totals."""
+    """Sum everything that present sites contributed, and compare with the bank's totals."""
     algorithm, catalogue = federation.algorithm, federation.stream.catalogue
     assert isinstance(algorithm, FedKoLa)
     position = {code: i for i, code in enumerate(catalogue.codes())}
     z, rows = [], []
     for site in federation.sites.values():
-        data = site.knowledge.until(state.number)
+        given = journal.used(site.store, before=state.number + 1)
+        whole = site.knowledge.until(state.number)
+        data = whole.take([i for i, record in enumerate(whole.records) if record in given])
         z.append(federation.trainer.cache.integers(data.texts))
         rows.append(torch.tensor([position[code] for code in data.labels], dtype=torch.int64))
     labels = torch.cat(rows)

@@ -9,11 +9,12 @@
 Equality is to the bank that never had the data, given the recorded opening decisions.
 """
 
-import hashlib
+import hmac
 import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,22 @@ NOT_COVERED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Who is to be forgotten. ``kind`` is site, patient or record; ``name`` stays at the site."""
+    """Who is to be forgotten. ``kind`` is site, patient or record; ``name`` stays at the site.
+
+    ``key`` is the site's own secret (hex), which :func:`keyed` fills in: without it anyone could
+    find out who was forgotten by hashing names of patients.
+    """
 
     kind: str
     site: str
     name: str = ""
+    key: str = ""
 
     @property
     def id(self) -> str:
-        """A hash that names the request in the ledger without naming the patient."""
+        """A keyed hash that names the request in the ledger without naming the patient."""
         text = f"fedkola/forget/1/{self.kind}/{self.site}/{self.name}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hmac.new(bytes.fromhex(self.key), text.encode(), "sha256").hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +83,20 @@ class ForgetReceipt:
     recount: bool | None
     seconds: float
     not_covered: tuple[str, ...] = NOT_COVERED
+
+
+def keyed(store: Path, request: Request) -> Request:
+    """The request under the site's key, made at first use. Leaving sites are no secret."""
+    if request.kind == "site":
+        return request
+    path = store / "request.key"
+    if not path.exists():
+        store.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".tmp")
+        draft.touch(mode=0o600)
+        draft.write_text(secrets.token_hex(32))
+        draft.replace(path)
+    return replace(request, key=path.read_text())
 
 
 def concerned(store: Path, request: Request) -> dict[tuple[int, str], frozenset[str]]:
@@ -167,7 +187,7 @@ def _entry(request: Request, *, settled: bool) -> dict[str, Any]:
 
 
 def _request(entry: Mapping[str, Any]) -> Request:
-    return Request(kind=entry["kind"], site=entry["site"], name=entry["name"])
+    return Request(kind=entry["kind"], site=entry["site"], name=entry["name"], key=entry["key"])
 
 
 def _read(store: Path) -> dict[str, Any]:
