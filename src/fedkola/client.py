@@ -158,6 +158,10 @@ class Site:
         self._drop_outbox()
         return chosen
 
+    def finish(self) -> None:
+        """Drop kept answers when a run is done: nothing will be asked again."""
+        self._drop_outbox()
+
     def settle(self, request: forget.Request) -> None:
         """Delete what the site kept about removed records, after the bank has changed."""
         forget.settle(self.store, request)

@@ -266,6 +266,9 @@ def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: P
         state = _due(federation, ledger, after, number)
         progress(report)
     ledger.finish(name, "done")
+    for site in federation.sites.values():
+        site.finish()
+    ledger.purge(name, now=time.time())
     return state
 
 
