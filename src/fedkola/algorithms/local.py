@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.errors import KnowledgeError
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import statistics, views
-from fedkola.knowledge.bank import Bank, CellKind, KnowledgeCell
+from fedkola.knowledge.bank import Bank
 from fedkola.knowledge.views import Rule, View
 from fedkola.types import (
-    Aggregate,
     Broadcast,
     Catalogue,
     Client,
@@ -61,9 +59,10 @@ class Local:
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
         names = (statistics.GRAM, statistics.SUMS, statistics.COUNTS)
         asked = ask(self, "own", number, {}, word=32, scale=dict.fromkeys(names, 0))
-        sites = dict(state.sites)
+        recipe = {"features": self.features, "bits": self.bits, "seed": self.feature_seed}
+        codes, sites = self._catalogue().codes(), dict(state.sites)
         for update in clients.each(cohort, asked):
-            sites[update.client] = self._bank(number, update, asked)
+            sites[update.client] = banks.alone(update.client, update.tensors, codes, recipe)
         return State(sites=sites)
 
     def view(self, state: State, site: str) -> View:
@@ -86,33 +85,6 @@ class Local:
             seed=self.feature_seed,
         )
         return Update(client=client.name, tensors=addend, weight=len(data))
-
-    def _bank(self, number: int, update: Update, asked: Broadcast) -> Bank:
-        labels = self._catalogue().codes()
-        kept = torch.nonzero(update.tensors[statistics.COUNTS]).flatten()
-        words: dict[str, Tensor] = {
-            statistics.GRAM: update.tensors[statistics.GRAM].to(torch.int32),
-            statistics.SUMS: update.tensors[statistics.SUMS][kept].to(torch.int32),
-            statistics.COUNTS: update.tensors[statistics.COUNTS][kept].to(torch.int32),
-        }
-        about = KnowledgeCell(
-            id=update.client,
-            module=update.client,
-            kind=CellKind.ANALYTIC,
-            round=number,
-            valid=(float(number), None),
-            slot=None,
-            recipe={"features": self.features, "bits": self.bits, "seed": self.feature_seed},
-            labels=tuple(labels[int(i)] for i in kept),
-            cohort=(update.client,),
-            contributors=1,
-            records=int(update.weight),
-            words="",
-        )
-        if not len(kept):
-            return Bank()
-        total = Aggregate(cohort=(update.client,), words=words, grid=asked.grid)
-        return banks.seal(Bank(), about, total)
 
     def _catalogue(self) -> Catalogue:
         if self.catalogue is None:

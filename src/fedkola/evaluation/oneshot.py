@@ -15,9 +15,8 @@ from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import journal, statistics
-from fedkola.knowledge.bank import Bank, CellKind, KnowledgeCell
+from fedkola.knowledge.bank import Bank, CellKind
 from fedkola.server import Federation
-from fedkola.types import Aggregate, Grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +49,18 @@ def compare(federation: Federation, state: BankState) -> OneShot:
         bits=algorithm.bits,
         seed=algorithm.feature_seed,
     )
+    recipe = {
+        "features": algorithm.features,
+        "bits": algorithm.bits,
+        "seed": algorithm.feature_seed,
+    }
     streamed = totals(state.bank, position, algorithm.features)
     return OneShot(
         equal=all(torch.equal(pooled[name], streamed[name]) for name in pooled),
         records=len(labels),
-        state=BankState(bank=_bank(algorithm, pooled, catalogue.codes()), number=state.number),
+        state=BankState(
+            bank=banks.alone("one-shot", pooled, catalogue.codes(), recipe), number=state.number
+        ),
     )
 
 
@@ -72,32 +78,3 @@ def totals(bank: Bank, position: dict[str, int], features: int) -> dict[str, Ten
         for name in (statistics.SUMS, statistics.COUNTS):
             found[name].index_add_(0, index, words[name].to(torch.int64))
     return found
-
-
-def _bank(algorithm: FedKoLa, pooled: dict[str, Tensor], codes: tuple[str, ...]) -> Bank:
-    kept = torch.nonzero(pooled[statistics.COUNTS]).flatten()
-    words = {
-        statistics.GRAM: pooled[statistics.GRAM],
-        statistics.SUMS: pooled[statistics.SUMS][kept],
-        statistics.COUNTS: pooled[statistics.COUNTS][kept],
-    }
-    about = KnowledgeCell(
-        id="one-shot",
-        module="one-shot",
-        kind=CellKind.ANALYTIC,
-        round=1,
-        valid=(1.0, None),
-        slot=None,
-        recipe={
-            "features": algorithm.features,
-            "bits": algorithm.bits,
-            "seed": algorithm.feature_seed,
-        },
-        labels=tuple(codes[int(i)] for i in kept),
-        cohort=(),
-        contributors=1,
-        records=int(pooled[statistics.COUNTS].sum()),
-        words="",
-    )
-    grid = Grid(word=64, bits=64, scale=dict.fromkeys(words, 0))
-    return banks.seal(Bank(), about, Aggregate(cohort=(), words=words, grid=grid))

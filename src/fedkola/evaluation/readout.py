@@ -10,11 +10,10 @@ import torch
 from fedkola.evaluation import scoring
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import statistics, views
-from fedkola.knowledge.bank import Bank, CellKind, KnowledgeCell
 from fedkola.knowledge.views import Rule
 from fedkola.server import Federation
 from fedkola.training import evaluate, features
-from fedkola.types import Aggregate, Dataset, Grid, Weights
+from fedkola.types import Dataset, Weights
 
 
 def adapted_accuracy(federation: Federation, weights: Weights, test: Dataset) -> dict[str, Any]:
@@ -42,22 +41,7 @@ def adapted_accuracy(federation: Federation, weights: Weights, test: Dataset) ->
         "bits": knowledge.bits,
         "seed": knowledge.basis_seed,
     }
-    about = KnowledgeCell(
-        id="adapted",
-        module="adapted",
-        kind=CellKind.ANALYTIC,
-        round=1,
-        valid=(1.0, None),
-        slot=None,
-        recipe=recipe,
-        labels=tuple(row),
-        cohort=(),
-        contributors=1,
-        records=len(data),
-        words="",
-    )
-    grid = Grid(word=64, bits=64, scale=dict.fromkeys(words, 0))
-    bank = banks.seal(Bank(), about, Aggregate(cohort=(), words=words, grid=grid))
+    bank = banks.alone("adapted", words, tuple(row), recipe)
     view = views.compute(bank, catalogue, Rule(lam=knowledge.lam), now=1)
     assert view.head is not None
     nodes = view.head.nodes[federation.level]

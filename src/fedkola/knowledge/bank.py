@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fedkola.errors import BasisMismatch, KnowledgeError, UnknownCell
-from fedkola.knowledge.statistics import COUNTS, SUMS
-from fedkola.types import Aggregate, Cohort, Event, Scalar
+from fedkola.knowledge.statistics import COUNTS, GRAM, SUMS
+from fedkola.types import Aggregate, Cohort, Event, Grid, Scalar
 
 
 class CellKind(Enum):
@@ -147,6 +147,34 @@ def seal(bank: Bank, about: KnowledgeCell, total: Aggregate) -> Bank:
     )
     cell = Cell(about=replace(about, words=content(about.labels, total)), total=total)
     return replace(bank, cells=(*bank.cells, cell), labels=bank.labels + opened)
+
+
+def alone(
+    name: str, words: Mapping[str, Tensor], codes: Sequence[str], recipe: Mapping[str, Scalar]
+) -> Bank:
+    """A bank of one analytic cell whose sums no federation gathered (one site, or a union), to be
+    read like one that was. ``codes`` names the rows; rows without records are left out."""
+    kept = torch.nonzero(words[COUNTS]).flatten()
+    if not len(kept):
+        return Bank()
+    chosen = {GRAM: words[GRAM], SUMS: words[SUMS][kept], COUNTS: words[COUNTS][kept]}
+    about = KnowledgeCell(
+        id=name,
+        module=name,
+        kind=CellKind.ANALYTIC,
+        round=1,
+        valid=(1.0, None),
+        slot=None,
+        recipe=recipe,
+        labels=tuple(codes[int(i)] for i in kept),
+        cohort=(name,),
+        contributors=1,
+        records=int(words[COUNTS].sum()),
+        words="",
+    )
+    exact = {key: value.to(torch.int64) for key, value in chosen.items()}
+    grid = Grid(word=64, bits=64, scale=dict.fromkeys(exact, 0))
+    return seal(Bank(), about, Aggregate(cohort=(name,), words=exact, grid=grid))
 
 
 def withdraw(
