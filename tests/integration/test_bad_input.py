@@ -328,9 +328,12 @@ def test_a_bank_that_forgot_every_site_holds_and_shows_nothing(
     receipts = [
         fedkola("bank", "forget", "runs/r", "--site", f"site-{i}", "--json").json for i in (1, 2, 3)
     ]
-    assert {cell["after"] for cell in receipts[-1]["cells"]} == {"revoked"}
-    assert receipts[-1]["view_after"] == ""
-    assert sum(receipt["records"] for receipt in receipts) == 160 - asked
+    # Of three sites two are left, below k_min: the first removal revokes every cell.
+    assert {cell["after"] for cell in receipts[0]["cells"]} == {"revoked"}
+    assert receipts[0]["records"] > 0
+    assert [receipt["view_after"] for receipt in receipts] == ["", "", ""]
+    assert [receipt["cells"] for receipt in receipts[1:]] == [[], []]
+    assert asked > 0
     assert fedkola("bank", "ls", "runs/r", "--json").json["cells"] == []
     assert not Path("runs/r/view").exists()
     refused(fedkola, "predict", "runs/r", "x", error="UnknownCell", code=9, says="empty")

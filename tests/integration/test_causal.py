@@ -79,9 +79,9 @@ def test_one_round_lowers_the_perplexity_of_a_real_language_model(
     assert {cell["kind"] for cell in cells} == {"lora", "router"}
     exported = fedkola("bank", "export", home / "stories", "--to", tmp_path / "out", "--json").json
     assert "adapter_model.safetensors" in exported["files"]
+    asked = fedkola("predict", home / "stories", "Lily")
+    assert (asked.code, asked.err.split(":")[0]) == (9, "KnowledgeError")
     receipt = fedkola(
         "bank", "forget", home / "stories", "--site", "site-3", "--recount", "--json"
     ).json
     assert receipt["recount"] is True
-    asked = fedkola("predict", home / "stories", "Lily")
-    assert (asked.code, asked.err.split(":")[0]) == (9, "KnowledgeError")

@@ -270,7 +270,7 @@ def test_the_ledger_keeps_the_receipt_and_the_events_of_a_removal(federation: sm
         (row,) = ledger.removals("small")
         events = ledger.events("small")
     assert forget.receipt_from(row["receipt"]) == receipt
-    assert (events[-1].kind, events[-1].subject, events[-1].round) == ("FORGET", PATIENT.id, 3)
+    assert (events[-1].kind, events[-1].subject, events[-1].round) == ("FORGET", receipt.request, 3)
     withdrawn = {e.subject: e.body["words"] for e in events if e.kind == "WITHDRAW"}
     assert withdrawn == {cell.cell: cell.after for cell in receipt.cells}
     history = [(e.kind, e.subject, e.body) for e in events]

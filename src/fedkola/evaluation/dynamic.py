@@ -72,7 +72,7 @@ PROFILES: Mapping[str, Profile] = {
         tuning_per_label=20,
         features=4096,
         fedit_epochs=1.0,
-        joint_rounds=3,
+        joint_rounds=2,
         rates=(2e-4, 5e-4, 1e-3),
     ),
     "full": Profile(
