@@ -784,12 +784,20 @@ def _comparison(rows: Iterable[Mapping[str, Any]]) -> None:
     rows = list(rows)
     if not rows:
         return
-    names = list(dict.fromkeys(name for row in rows for name in row))
     table = Table(title="methods compared", title_justify="left")
-    for name in names:
-        table.add_column(name)
+    table.add_column("method")
+    for name in ("top-1", "top-5", "MB up", "CPU s"):
+        table.add_column(name, justify="right")
+    table.add_column("how")
     for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name in names))
+        table.add_row(
+            row["method"],
+            f"{row['top1']:.3f}",
+            f"{row['top5']:.3f}",
+            f"{row['bytes_up'] / 1e6:,.0f}",
+            f"{row['cpu_s']:.0f}",
+            row["note"],
+        )
     _stdout().print(table)
 
 
@@ -953,12 +961,6 @@ def _number(value: float) -> str:
     if abs(value) <= 1:
         return f"{value:.3f}"
     return f"{value:.0f}" if value.is_integer() else f"{value:.4g}"
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return _number(value) if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def _stdout() -> Console:

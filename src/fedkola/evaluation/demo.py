@@ -150,7 +150,7 @@ def pooled(stream: Stream, *, without: Mapping[str, int]) -> Stream:
 
 
 LABELS: Mapping[str, tuple[str, str]] = {
-    "local": ("Local only", "every hospital alone, same features; mean over hospitals"),
+    "local": ("Local only", "every hospital alone, asked about all chapters; mean"),
     "fedit": ("FedIT", "LoRA factors averaged, two local epochs a window"),
     "joint": ("Joint LoRA", "all records pooled at one site, two epochs"),
 }

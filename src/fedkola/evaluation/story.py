@@ -191,6 +191,8 @@ def _agreement(federation: Federation, state: BankState) -> dict[str, float]:
     nodes = scoring.arrived(federation, state.number)
     found = {}
     for name, whole in federation.stream.sites.items():
+        if name in federation.plan.scenario.leave:
+            continue
         data = Records(whole).until(state.number)
         step = max(1, len(data) // AGREEMENT_RECORDS)
         sample = data.take(range(0, len(data), step))
