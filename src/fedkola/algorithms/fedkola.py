@@ -673,7 +673,7 @@ class FedKoLa:
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(".tmp")
             save_file(self._words(client, asked, update), draft)
-            draft.replace(path)
+            journal.settle(draft, path)
 
     def _shortened(self, client: Client, asked: Broadcast) -> Dataset:
         summed = {record for entry in journal.entries(client.store) for record in entry.records}

@@ -11,7 +11,6 @@ Equality is to the bank that never had the data, given the recorded opening deci
 
 import hmac
 import json
-import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -95,7 +94,7 @@ def keyed(store: Path, request: Request) -> Request:
         draft = path.with_suffix(".tmp")
         draft.touch(mode=0o600)
         draft.write_text(secrets.token_hex(32))
-        draft.replace(path)
+        journal.settle(draft, path)
     return replace(request, key=path.read_text())
 
 
@@ -200,4 +199,4 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(content, indent=1, sort_keys=True))
-    os.replace(draft, path)
+    journal.settle(draft, path)

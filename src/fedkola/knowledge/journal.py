@@ -51,7 +51,19 @@ def write(store: Path, entry: Entry) -> None:
     }
     draft = path.with_suffix(".tmp")
     save_file({"z": entry.z.contiguous()}, draft, metadata=about)
-    os.replace(draft, path)
+    settle(draft, path)
+
+
+def settle(draft: Path, path: Path) -> None:
+    """Give a finished draft its name so that both survive a power cut: flush, rename, flush."""
+    for flushed, rename in ((draft, True), (path.parent, False)):
+        handle = os.open(flushed, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if rename:
+            os.replace(draft, path)
 
 
 def read(store: Path, round: int, scope: str) -> Entry | None:
