@@ -233,9 +233,7 @@ def measure(chosen: Plan, folder: Path, progress: Progress) -> dict[str, Any]:
         rounds = ledger.rounds(chosen.run.name)
     window = len(stream.windows)
     found: dict[str, Any] = {
-        "untouched": _final(scorer, state, untouched, window),
-        "dev": _final(scorer, state, dev, window),
-        "all": _final(scorer, state, stream.test, window),
+        **_final(scorer, state, {"untouched": untouched, "dev": dev, "all": stream.test}, window),
         "records": sum(len(data) for data in stream.sites.values()),
         **_costs(chosen, federation, rounds),
     }
@@ -312,10 +310,16 @@ def _watched(test: Dataset) -> Dataset:
     return test.take(kept)
 
 
-def _final(federation: Federation, state: Any, test: Dataset, window: int) -> dict[str, float]:
-    askable = scoring.askable(test, window)
-    found = scoring.accuracy(federation, state, askable, window=window)
-    return {"top1": found.top1, "top5": found.top5, "asked": found.asked, "nodes": found.nodes}
+def _final(
+    federation: Federation, state: Any, parts: Mapping[str, Dataset], window: int
+) -> dict[str, dict[str, float]]:
+    askable = {name: scoring.askable(part, window) for name, part in parts.items()}
+    whole = scoring.askable(federation.stream.test, window)
+    found = scoring.accuracies(federation, state, whole, askable, window=window)
+    return {
+        name: {"top1": a.top1, "top5": a.top5, "asked": a.asked, "nodes": a.nodes}
+        for name, a in found.items()
+    }
 
 
 def _costs(chosen: Plan, federation: Federation, rounds: Sequence[RoundRow]) -> dict[str, Any]:

@@ -55,14 +55,30 @@ def accuracy(federation: Federation, state: Any, test: Dataset, *, window: int) 
 
     ``local`` states hold one model per site; their accuracies are averaged over sites.
     """
+    return accuracies(federation, state, test, {"all": test}, window=window)["all"]
+
+
+def accuracies(
+    federation: Federation,
+    state: Any,
+    test: Dataset,
+    parts: Mapping[str, Dataset],
+    *,
+    window: int,
+) -> dict[str, Accuracy]:
+    """The accuracy on several parts of one test; every text is scored once."""
     nodes = arrived(federation, window)
     if isinstance(state, LocalState):
-        found = [
-            measure(federation, scores, test, nodes)
-            for scores in _local_scores(federation, state, test, nodes)
-        ]
-        return _average(found, len(nodes))
-    return measure(federation, scores_of(federation, state, test, nodes), test, nodes)
+        models = _local_scores(federation, state, test, nodes)
+    else:
+        models = [scores_of(federation, state, test, nodes)]
+    place = {record: i for i, record in enumerate(test.records)}
+    found = {}
+    for name, part in parts.items():
+        rows = torch.tensor([place[record] for record in part.records], dtype=torch.int64)
+        measured = [measure(federation, scores[rows], part, nodes) for scores in models]
+        found[name] = measured[0] if len(measured) == 1 else _average(measured, len(nodes))
+    return found
 
 
 def scores_of(federation: Federation, state: Any, test: Dataset, nodes: Sequence[str]) -> Tensor:
