@@ -19,7 +19,7 @@ from fedkola.errors import UnknownName
 from fedkola.evaluation import machine, metrics, oneshot, scoring, tasks
 from fedkola.evaluation.demo import pooled
 from fedkola.evaluation.readout import adapted_accuracy
-from fedkola.knowledge.stream import hash_share, split_test
+from fedkola.knowledge.stream import Stream, hash_share, split_test
 from fedkola.ledger import Ledger, RoundRow
 from fedkola.plan import Algorithm, Cohort, Knowledge, Plan, Run, Task
 from fedkola.server import Federation
@@ -207,6 +207,8 @@ def measure(chosen: Plan, folder: Path, progress: Progress) -> dict[str, Any]:
     stream = tasks.load(chosen)
     if chosen.algorithm.name == "joint":
         stream = pooled(stream, without={})
+    elif chosen.algorithm.name == "local":
+        stream = at_once(stream)
     foundation = model.load(chosen.model.name, max_tokens=chosen.model.max_tokens)
     federation = server.assemble(chosen, stream, folder, foundation=foundation)
     dev, untouched = split_test(stream)
@@ -260,6 +262,14 @@ def measure(chosen: Plan, folder: Path, progress: Progress) -> dict[str, Any]:
     if chosen.algorithm.name == "joint":
         found["readout"] = adapted_accuracy(federation, state.weights, untouched)
     return found
+
+
+def at_once(stream: Stream) -> Stream:
+    """The same sites with all their records there from the first window on: a hospital that works
+    alone ends with the same model, in one round."""
+    sites = {name: replace(data, windows=(1,) * len(data)) for name, data in stream.sites.items()}
+    test = replace(stream.test, windows=(1,) * len(stream.test))
+    return replace(stream, sites=sites, test=test, windows=stream.windows[-1:])
 
 
 def table(result: Mapping[str, Any]) -> str:
