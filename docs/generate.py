@@ -50,6 +50,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "plan.md": plan_page(words),
         REFERENCE / "algorithms.md": algorithm_page(),
         REFERENCE / "cli.md": cli_page(),
+        REFERENCE / "benchmarks.md": benchmark_page(),
     }
 
 
@@ -150,6 +151,27 @@ def toml_value(value: Any) -> str:
 
 
 # --- algorithms -----------------------------------------------------------------------------------
+
+
+def benchmark_page() -> str:
+    """The tables that `fedkola bench` wrote, as they stand in benchmarks/results."""
+    results = REFERENCE.parent.parent / "benchmarks" / "results"
+    tables = sorted(results.glob("*.md"))
+    lines = [
+        NOTE,
+        "# Benchmarks",
+        "",
+        "Copied from `benchmarks/results`, where the JSON beside each table holds every seed.",
+    ]
+    for table in tables:
+        lines += [
+            "",
+            *(
+                f"#{line}" if line.startswith("# ") else line
+                for line in table.read_text("utf-8").rstrip().splitlines()
+            ),
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def algorithm_page() -> str:

@@ -8,6 +8,9 @@ import torch
 # Read by transformers and huggingface_hub when they are first imported: models come from folders.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Their mere presence makes typer draw colours into a pipe; tests read plain text.
+for _name in ("PY_COLORS", "FORCE_COLOR", "GITHUB_ACTIONS"):
+    os.environ.pop(_name, None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -89,9 +90,15 @@ def process() -> Process:
             stderr=subprocess.PIPE,
             text=True,
             env=environment,
+            # A shell's background job ignores Ctrl-C, and so would everything it starts.
+            preexec_fn=_heed_control_c,
         )
 
     return start
+
+
+def _heed_control_c() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
