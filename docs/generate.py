@@ -156,7 +156,7 @@ def toml_value(value: Any) -> str:
 def benchmark_page() -> str:
     """The tables that `fedkola bench` wrote, as they stand in benchmarks/results."""
     results = REFERENCE.parent.parent / "benchmarks" / "results"
-    tables = sorted(results.glob("*.md"))
+    tables = sorted(path for path in results.glob("*.md") if not path.stem.endswith("-quick"))
     lines = [
         NOTE,
         "# Benchmarks",
