@@ -72,7 +72,8 @@ class Dataset:
 
     ``labels`` holds codes of the catalogue ("" for unlabelled text of a generative task),
     ``patients`` the pseudonym whose withdrawal removes the record, ``windows`` the number of the
-    window in which the record reached the site (1 is the first round).
+    window in which the record reached the site (1 is the first round). ``prompts`` is empty, or
+    holds what a generative record answers to: a model learns the text after its prompt.
     """
 
     records: tuple[str, ...]
@@ -80,6 +81,7 @@ class Dataset:
     labels: tuple[str, ...]
     patients: tuple[str, ...]
     windows: tuple[int, ...]
+    prompts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -92,7 +94,23 @@ class Dataset:
             labels=tuple(self.labels[i] for i in rows),
             patients=tuple(self.patients[i] for i in rows),
             windows=tuple(self.windows[i] for i in rows),
+            prompts=tuple(self.prompts[i] for i in rows) if self.prompts else (),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Penalty:
+    """What local training is held back by, added to the mean loss of a batch.
+
+    ``strength / 2 * sum F (w - w_0)^2`` over the tensors of ``importance`` F and ``anchor`` w_0
+    (EWC; Kirkpatrick et al., PNAS 2017), and ``strength * sum |A' A^T|_F^2`` over the tensors A of
+    ``apart`` A' (O-LoRA; Wang et al., EMNLP 2023). Names are those of the trained tensors.
+    """
+
+    strength: float
+    importance: Weights = field(default_factory=dict)
+    anchor: Weights = field(default_factory=dict)
+    apart: Weights = field(default_factory=dict)
 
 
 # --- what travels ---------------------------------------------------------------------------------
@@ -254,6 +272,38 @@ class Client(Protocol):
         ...
 
 
+class Reader(Protocol):
+    """The frozen base as it is used when a state answers; texts are whoever asks's own."""
+
+    @property
+    def catalogue(self) -> Catalogue: ...
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes of the reported level, in the order of the catalogue: columns of answers."""
+        ...
+
+    def features(self, texts: Sequence[str]) -> Tensor:
+        """Integer embeddings round(2^10 e) of the frozen base, int16 of shape (n, d)."""
+        ...
+
+    def embeddings(
+        self, weights: Weights, texts: Sequence[str], *, gate: Tensor | None = None
+    ) -> Tensor:
+        """Unit-length embeddings (n, d) under an adapter; with ``gate`` (n, K) under K slots."""
+        ...
+
+    def losses(
+        self,
+        weights: Weights,
+        prompts: Sequence[str],
+        texts: Sequence[str],
+        *,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """(n, 2) float64 of a causal model: nats and tokens of each text after its prompt."""
+        ...
+
+
 class State(Protocol):
     """An algorithm's own frozen dataclass; the ledger saves it and resuming loads it."""
 
@@ -266,7 +316,12 @@ Steps = Mapping[str, Callable[[Client, Broadcast], Update]]
 
 
 class Algorithm(Protocol[S]):
-    """Server half, then client half, of one published method."""
+    """Server half, then client half, of one published method.
+
+    A method whose state is more than one adapter with one head also has
+    ``answer(state, reader, texts, *, site="") -> Tensor (n, len(reader.nodes))``, -inf where it
+    does not know a node, and for a causal model ``losses(state, reader, prompts, texts)``.
+    """
 
     needs: ClassVar[Visibility]
 

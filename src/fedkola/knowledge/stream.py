@@ -24,6 +24,11 @@ class Stream:
     records cannot: ``specialty`` and ``scopes`` at least. ``excluded`` counts records left out by
     site (``test`` for the test, ``train`` before records were given to sites) and reason;
     ``notices`` are sentences about what was found odd but kept.
+
+    ``ends`` names the last window in which a test record is asked (absent: to the end), for
+    knowledge that changes or is tested before it is learnt; ``stale`` the labels that were right
+    before and are wrong now; ``concepts`` the concept of a test record where it is not its scope;
+    ``choices`` the candidate texts that a causal model ranks.
     """
 
     catalogue: Catalogue
@@ -33,6 +38,10 @@ class Stream:
     about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     excluded: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     notices: tuple[str, ...] = ()
+    ends: Mapping[str, int] = field(default_factory=dict)
+    stale: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    concepts: Mapping[str, str] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
