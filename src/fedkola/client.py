@@ -120,6 +120,7 @@ class Site:
             seed=self._own_seed(seed),
             scale=self._trainer.scale,
             pinned=pinned,
+            prompts=data.prompts,
         )
 
     def grams(self, weights: Weights, data: Dataset, *, pinned: Weights) -> Weights:
@@ -131,10 +132,12 @@ class Site:
             pinned=pinned,
             scale=self._trainer.scale,
             clip=self._trainer.clip,
+            prompts=data.prompts,
         )
 
     def features(self, data: Dataset) -> Tensor:
-        return self._trainer.cache.integers(data.texts)
+        """Of the prompts where there are some: what is known before the answer."""
+        return self._trainer.cache.integers(data.prompts or data.texts)
 
     def evaluate(
         self, weights: Weights, data: Dataset, *, classes: Sequence[str] = ()
@@ -142,7 +145,9 @@ class Site:
         labels = self._rows(data, classes) if "head.weight" in weights else None
         foundation, scale = self._trainer.foundation, self._trainer.scale
         if labels is None:
-            return evaluate.perplexity(foundation, weights, data.texts, scale=scale)
+            return evaluate.perplexity(
+                foundation, weights, data.texts, scale=scale, prompts=data.prompts
+            )
         return evaluate.classify(foundation, weights, data.texts, labels, scale=scale)
 
     def post(self, request: forget.Request) -> dict[tuple[int, str], frozenset[str]]:

@@ -127,6 +127,14 @@ def gated(
             hook.remove()
 
 
+def stacked(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The factors by layer, A and B apart, as ``gated`` takes them."""
+    return (
+        {name.removesuffix(A): value for name, value in weights.items() if name.endswith(A)},
+        {name.removesuffix(B): value for name, value in weights.items() if name.endswith(B)},
+    )
+
+
 def combine(parts: Sequence[tuple[Weights, float]]) -> dict[str, Tensor]:
     """One adapter of rank sum r_i whose products are exactly sum_i w_i B_i A_i.
 

