@@ -49,41 +49,71 @@ class Part:
     weight: float
 
 
-def build(parts: Sequence[Part], *, width: int) -> Router:
-    """A router from the sums of router cells. A label that filled rows of several cells has one
-    mean, so that a stream of windows gives what one shot would."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moments:
+    """Sums over router cells in units of the embedding (z / 1024), float64.
+
+    ``count`` (M,) and ``sums`` (M, d) by module, ``moment`` (d, d) of e e^T over all of them.
+    """
+
+    modules: tuple[str, ...]
+    count: Tensor
+    sums: Tensor
+    moment: Tensor
+
+    def means(self) -> Tensor:
+        """(M, d)."""
+        return self.sums / self.count[:, None]
+
+    def within(self) -> Tensor:
+        """The pooled covariance (d, d) of records around the mean of their module."""
+        means, share = self.means(), self.count / self.count.sum()
+        return self.moment / self.count.sum() - (means.T * share) @ means
+
+
+def moments(parts: Sequence[Part], *, width: int) -> Moments:
+    """Weighted sums by module. Cells of one module add up, in the order of first appearance."""
     modules = tuple(dict.fromkeys(part.module for part in parts))
-    rows = [torch.nonzero(part.words[COUNTS]).flatten() for part in parts]
-    filled = [[p.labels[i] for i in kept.tolist()] for p, kept in zip(parts, rows, strict=True)]
-    place = {code: i for i, code in enumerate(sorted({code for some in filled for code in some}))}
     count = torch.zeros(len(modules), dtype=torch.float64)
     sums = torch.zeros(len(modules), width, dtype=torch.float64)
     moment = torch.zeros(width, width, dtype=torch.float64)
-    label_counts = torch.zeros(len(place), dtype=torch.float64)
-    label_sums = torch.zeros(len(place), width, dtype=torch.float64)
-    for part, kept, codes in zip(parts, rows, filled, strict=True):
+    for part in parts:
         words, weight, row = part.words, part.weight, modules.index(part.module)
         count[row] += weight * float(words[COUNTS].sum())
         sums[row] += weight * words[SUMS].sum(0).to(torch.float64) / 1024
         moment += weight * unpack(words[GRAM], width).to(torch.float64) / 1024**2
+    return Moments(modules=modules, count=count, sums=sums, moment=moment)
+
+
+def build(parts: Sequence[Part], *, width: int) -> Router:
+    """A router from the sums of router cells. A label that filled rows of several cells has one
+    mean, so that a stream of windows gives what one shot would."""
+    rows = [torch.nonzero(part.words[COUNTS]).flatten() for part in parts]
+    filled = [[p.labels[i] for i in kept.tolist()] for p, kept in zip(parts, rows, strict=True)]
+    place = {code: i for i, code in enumerate(sorted({code for some in filled for code in some}))}
+    whole = moments(parts, width=width)
+    label_counts = torch.zeros(len(place), dtype=torch.float64)
+    label_sums = torch.zeros(len(place), width, dtype=torch.float64)
+    for part, kept, codes in zip(parts, rows, filled, strict=True):
         index = torch.tensor([place[code] for code in codes], dtype=torch.int64)
-        label_counts.index_add_(0, index, weight * words[COUNTS][kept].to(torch.float64))
-        label_sums.index_add_(0, index, weight * words[SUMS][kept].to(torch.float64) / 1024)
-    means = sums / count[:, None]
+        count, sums = part.words[COUNTS][kept], part.words[SUMS][kept].to(torch.float64)
+        label_counts.index_add_(0, index, part.weight * count.to(torch.float64))
+        label_sums.index_add_(0, index, part.weight * sums / 1024)
     label_means = label_sums / label_counts[:, None]
-    total = count.sum()
-    centre = sums.sum(0) / total
+    total = whole.count.sum()
+    centre = whole.sums.sum(0) / total
+    second = whole.moment / total
     return Router(
-        modules=modules,
-        log_prior=(count / total).log().to(torch.float32),
-        means=means.to(torch.float32),
+        modules=whole.modules,
+        log_prior=(whole.count / total).log().to(torch.float32),
+        means=whole.means().to(torch.float32),
         label_means=label_means.to(torch.float32),
         centre=centre.to(torch.float32),
-        within=_precision(moment / total - (means.T * (count / total)) @ means),
-        by_label=_precision(
-            moment / total - (label_means.T * (label_counts / total)) @ label_means
+        within=precision(whole.within()).to(torch.float32),
+        by_label=precision(second - (label_means.T * (label_counts / total)) @ label_means).to(
+            torch.float32
         ),
-        background=_precision(moment / total - torch.outer(centre, centre)),
+        background=precision(second - torch.outer(centre, centre)).to(torch.float32),
     )
 
 
@@ -116,11 +146,12 @@ def unknown(router: Router, z: Tensor) -> Tensor:
     return nearest - _mahalanobis(e, router.centre[None], router.background)[:, 0]
 
 
-def _precision(covariance: Tensor) -> Tensor:
+def precision(covariance: Tensor) -> Tensor:
+    """The inverse of a covariance (d, d) with a ridge of 1 % of its mean variance, float64."""
     ridge = RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
     whole = covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype)
     inverse: Tensor = torch.linalg.inv((whole + whole.T) / 2)
-    return inverse.to(torch.float32)
+    return inverse
 
 
 def _mahalanobis(e: Tensor, means: Tensor, precision: Tensor) -> Tensor:
