@@ -46,10 +46,14 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Where records come from. Keys from ``train`` on are read by the task "files" alone.
+    """Where records come from. Keys from ``train`` on are read by the task "files" alone, except
+    ``test_share`` and ``partition``, which other tasks read where their data leaves them open.
 
     ``level`` is the level reported ("" is the leaf), ``per_label`` caps the training records of a
-    reported label (0 is no cap). ``train`` is a file, or a pattern where each file is one site.
+    reported label (0 is no cap). ``folder`` holds the files of a public corpus; "" looks below the
+    folder that the environment variable FEDKOLA_DATA names. ``order`` is the order in which the
+    sets of ``cl-text`` arrive, ``period`` the length of a window where records have dates ("year"
+    or "quarter"). ``train`` is a file, or a pattern where each file is one site.
     ``text``, ``label``, ``time``, ``patient``, ``record``, ``site``, ``scope`` and ``window`` name
     columns; "" means that there is no such column. ``partition`` is "iid", "by-label" or
     "dirichlet:" and a concentration. ``unlabelled`` is the text of a causal language model.
@@ -62,6 +66,9 @@ class Task:
     overlap: float = 0.1
     backlog: float = 0.0
     per_label: int = 0
+    folder: str = ""
+    order: str = ""
+    period: str = "year"
     train: str = ""
     test: str = ""
     test_share: float = 0.2
@@ -81,12 +88,23 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """What goes wrong, by site: the share of labels replaced, the first round it answers, the
-    round after which it is removed."""
+    """What goes wrong. By site: the share of labels replaced, the first round it answers, the
+    round after which it is removed, the windows by which news reaches it later (``release``), the
+    scopes it may use (``access``; a site that is not named may use all).
+
+    ``availability`` says how sites come and go: "full", "bernoulli", "markov" or "diurnal", with
+    ``absent`` the long-run share of rounds that a site misses and ``spell`` the mean length of an
+    absence in rounds ("markov" and "diurnal").
+    """
 
     noisy: Mapping[str, float] = field(default_factory=dict)
     late: Mapping[str, int] = field(default_factory=dict)
     leave: Mapping[str, int] = field(default_factory=dict)
+    release: Mapping[str, int] = field(default_factory=dict)
+    access: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    availability: str = "full"
+    absent: float = 0.3
+    spell: float = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +222,9 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "scenario.noisy": (0, 1),
     "scenario.late": (1, _WORD),
     "scenario.leave": (1, _WORD),
+    "scenario.release": (0, _WORD),
+    "scenario.absent": (0, 1),
+    "scenario.spell": (1, _HUGE),
     "cohort.size": (0, _WORD),
     "cohort.minimum": (1, _WORD),
     "algorithm.rank": (1, _WORD),
@@ -231,6 +252,8 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "privacy.delta": (0, 1),
     "engine.order": (0, _WORD),
 }
+_AVAILABILITY = ("full", "bernoulli", "markov", "diurnal")
+_PERIODS = ("year", "quarter")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PARTITION = re.compile(r"iid|by-label|dirichlet:(\d+(?:\.\d*)?(?:e[+-]?\d+)?)")
 _OVERRIDE = re.compile(
@@ -264,7 +287,7 @@ def load(path: Path | str) -> Plan:
     except PlanError as error:
         raise PlanError(f"{path}: {error}") from error
     folder = str(path.resolve().parent)
-    for key in ("train", "test"):
+    for key in ("train", "test", "folder"):
         if doc["task"][key]:
             doc["task"][key] = _beside(folder, doc["task"][key])
     model = doc["model"]["name"]
@@ -503,6 +526,20 @@ def _check(plan: Plan) -> None:
             f"task.encoding was given {plan.task.encoding!r};"
             ' expected an encoding that Python knows, such as "utf-8" or "cp1252"'
         ) from error
+    for key, given, known in (
+        ("task.period", plan.task.period, _PERIODS),
+        ("scenario.availability", plan.scenario.availability, _AVAILABILITY),
+    ):
+        if given not in known:
+            raise PlanError(f"{key} was given {given!r}; expected one of {', '.join(known)}")
+    absent, spell = plan.scenario.absent, plan.scenario.spell
+    # After an absence a site is there for a round at least, or the spells would run together.
+    if plan.scenario.availability == "markov" and absent * (spell + 1) > spell:
+        longest = f"{absent / (1 - absent):g} or more" if absent < 1 else "no length at all"
+        raise Incompatible(
+            f"scenario.absent = {absent:g} with absences of scenario.spell = {spell:g} rounds "
+            f"leaves no round between two absences; lower absent, or make spell {longest}"
+        )
     if 0 < plan.cohort.size < plan.cohort.minimum:
         raise Incompatible(
             f"cohort.size {plan.cohort.size} is below cohort.minimum {plan.cohort.minimum};"

@@ -32,6 +32,7 @@ from fedkola.errors import (
     UnknownName,
 )
 from fedkola.knowledge import availability, basis, forget, statistics
+from fedkola.knowledge.availability import Pattern
 from fedkola.knowledge.forget import CellOutcome, ForgetReceipt, Request
 from fedkola.knowledge.stream import Stream
 from fedkola.knowledge.views import Rule
@@ -291,7 +292,20 @@ def draw(federation: Federation, number: int) -> Cohort:
         round=number,
         late=plan.scenario.late,
         left=plan.scenario.leave,
+        pattern=Pattern(
+            name=plan.scenario.availability,
+            absent=plan.scenario.absent,
+            spell=plan.scenario.spell,
+        ),
     )
+    if plan.scenario.availability != "full" and len(cohort) < _least(plan):
+        raise CohortTooSmall(
+            f"round {number} finds {len(cohort)} of {len(federation.clients.roster())} sites, as "
+            f"scenario.availability = {plan.scenario.availability!r} keeps a share of "
+            f"{plan.scenario.absent:g} away, and cohort.minimum asks for {_least(plan)}; the same "
+            "seed draws the same absences, so start anew with a lower scenario.absent or "
+            "cohort.minimum, more sites, or another run.seed"
+        )
     _demand(plan, number, cohort)
     return cohort
 
@@ -438,12 +452,15 @@ def _removed(federation: Federation, ledger: Ledger) -> dict[str, Mapping[str, A
 
 
 def _demand(plan: Plan, number: int, sites: Sequence[str]) -> None:
-    least = 1 if plan.algorithm.name == "joint" else plan.cohort.minimum
-    if len(sites) < least:
+    if len(sites) < _least(plan):
         raise CohortTooSmall(
-            f"round {number} finds {len(sites)} sites, cohort.minimum asks for {least}; wait for "
-            "more sites and resume"
+            f"round {number} finds {len(sites)} sites, cohort.minimum asks for {_least(plan)}; "
+            "wait for more sites and resume"
         )
+
+
+def _least(plan: Plan) -> int:
+    return 1 if plan.algorithm.name == "joint" else plan.cohort.minimum
 
 
 def _without(roster: Sequence[str], site: str) -> Cohort:

@@ -332,3 +332,33 @@ def test_the_document_is_json_without_infinity():
 def test_text_that_utf_8_cannot_write_is_refused():
     with pytest.raises(PlanError, match="text that UTF-8 can write"):
         override(Plan(), ["task.text=\udcff"])
+
+
+def test_scenarios_of_every_kind_compose_in_one_plan():
+    plan = parse("""
+        [task]
+        period = "quarter"
+        [scenario]
+        availability = "markov"
+        absent = 0.25
+        spell = 2
+        release = {north = 0, south = 2}
+        access = {north = ["a", "b"], south = []}
+    """)
+    assert (plan.scenario.availability, plan.scenario.spell) == ("markov", 2.0)
+    assert plan.scenario.access == {"north": ("a", "b"), "south": ()}
+    assert override(plan, ["scenario.access.north=c,d"]).scenario.access["north"] == ("c", "d")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[scenario]\navailability = 'sometimes'", "full, bernoulli, markov, diurnal"),
+        ("[task]\nperiod = 'month'", "year, quarter"),
+        ("[scenario]\navailability = 'markov'\nabsent = 0.8\nspell = 3", "spell 4 or more"),
+        ("[scenario]\navailability = 'markov'\nabsent = 1", "no length at all"),
+    ],
+)
+def test_an_availability_that_cannot_be_is_refused(text: str, message: str):
+    with pytest.raises(PlanError, match=message):
+        parse(text)

@@ -163,6 +163,23 @@ def test_a_sampled_cohort_is_drawn_from_seed_and_round_alone(tmp_path: Path):
     assert small.fingerprint(first) == small.fingerprint(again)
 
 
+def test_sites_that_are_away_are_not_asked_and_what_they_hold_comes_later(tmp_path: Path):
+    settings = (FAST, "scenario.availability=markov", "scenario.absent=0.3", "run.seed=10")
+    away = small.run(small.assemble(tmp_path / "a", *settings))
+    cohorts = [tuple(row["cohort"]) for row in reports(tmp_path / "a")]
+    assert [len(cohort) for cohort in cohorts] == [4, 3, 3]
+    held = sum(len(small.records(site)) for site in set(small.SITES) - set(cohorts[2]))
+    assert 150 - held <= total_records(away) < 150
+    again = small.run(small.assemble(tmp_path / "b", *settings))
+    assert small.fingerprint(again) == small.fingerprint(away)
+
+
+def test_too_few_sites_by_the_scenario_are_refused_with_what_to_change(tmp_path: Path):
+    settings = (FAST, "scenario.availability=bernoulli", "scenario.absent=1")
+    with pytest.raises(CohortTooSmall, match=r"0 of 5 sites.*lower scenario\.absent"):
+        small.run(small.assemble(tmp_path, *settings))
+
+
 # --- forgetting -----------------------------------------------------------------------------------
 
 

@@ -2,7 +2,9 @@ import pytest
 
 from fedkola.errors import UnknownName
 from fedkola.evaluation import tasks
+from fedkola.knowledge.stream import Stream
 from fedkola.plan import Plan, Scenario, Task
+from fedkola.types import Catalogue, Dataset
 
 SMALL = Task(per_label=4, windows=6)
 
@@ -47,8 +49,56 @@ def test_an_unknown_task_is_refused_with_those_there_are():
         Scenario(noisy={"oldtown-metabolc": 0.5}),
         Scenario(late={"oldtown-metabolc": 2}),
         Scenario(leave={"oldtown-metabolc": 2}),
+        Scenario(release={"oldtown-metabolc": 2}),
+        Scenario(access={"oldtown-metabolc": ()}),
     ],
 )
 def test_a_scenario_about_no_site_is_refused_with_the_nearest(scenario):
     with pytest.raises(UnknownName, match="nearest is oldtown-metabolic"):
         tasks.load(Plan(task=SMALL, scenario=scenario))
+
+
+def test_a_site_with_a_later_release_hears_of_everything_but_the_start_later():
+    clean = tasks.load(Plan(task=SMALL))
+    delayed = tasks.load(Plan(task=SMALL, scenario=Scenario(release={"oldtown-metabolic": 2})))
+    site = "oldtown-metabolic"
+    before = dict(zip(clean.sites[site].records, clean.sites[site].windows, strict=True))
+    after = dict(zip(delayed.sites[site].records, delayed.sites[site].windows, strict=True))
+
+    assert after == {r: w if w == 1 else min(w + 2, 6) for r, w in before.items()}
+    assert list(delayed.sites[site].windows) == sorted(after.values())
+    assert delayed.about[site]["release"] == 2
+    assert delayed.sites["westside-general"] == clean.sites["westside-general"]
+    assert delayed.test == clean.test
+
+
+def test_of_two_revisions_that_a_delay_brings_together_the_newer_is_kept():
+    data = Dataset(
+        records=("a", "b", "a", "a"),
+        texts=("first", "other", "second", "third"),
+        labels=("x", "x", "x", "x"),
+        patients=("a", "b", "a", "a"),
+        windows=(1, 2, 2, 3),
+    )
+    stream = Stream(
+        catalogue=Catalogue(system="s", levels=("label",), labels=()),
+        sites={"north": data},
+        test=data.take([]),
+        windows=("w1", "w2", "w3"),
+        about={"north": {}},
+    )
+    found = tasks._released(stream, {"north": 1}).sites["north"]
+
+    assert found.texts == ("first", "other", "third")
+    assert found.windows == (1, 3, 3)
+
+
+def test_access_is_told_of_the_site_and_an_unknown_scope_is_refused():
+    scope = "icd10cm/chapter-4"
+    site = "oldtown-metabolic"
+    told = tasks.load(Plan(task=SMALL, scenario=Scenario(access={site: (scope,)}))).about
+
+    assert told[site]["access"] == (scope,)
+    assert "access" not in told["westside-general"]
+    with pytest.raises(UnknownName, match=r"scenario\.access.*nearest is icd10cm/chapter-4"):
+        tasks.load(Plan(task=SMALL, scenario=Scenario(access={site: ("icd10cm/chapter4",)})))

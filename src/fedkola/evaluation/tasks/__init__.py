@@ -1,7 +1,12 @@
-"""Where a stream comes from: the closed table of tasks, and the noise a plan puts into sites."""
+"""Where a stream comes from: the closed table of tasks, and what a plan's scenario does to sites.
+
+The entries of [scenario] compose. ``noisy``, ``release`` and ``access`` change the stream here;
+``late``, ``leave`` and ``availability`` change whom a round asks, in
+:mod:`fedkola.knowledge.availability`.
+"""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from fedkola.errors import UnknownName
@@ -15,12 +20,18 @@ TASKS: Mapping[str, Callable[..., Stream]] = {"files": files.load, "icd10cm": ic
 
 
 def load(plan: Plan) -> Stream:
-    """The stream of a plan, with the labels of its noisy sites replaced; the test stays clean.
+    """The stream of a plan, as its scenario changes it; the test stays as it is.
 
-    A wrong label is drawn from those that reach any site in the same window (from the catalogue
-    where that is one label), so that noise never makes knowledge arrive early. ``about`` of a
-    noisy site gets ``noise`` (the rate) and ``replaced`` (how many labels). Raises UnknownName for
-    a task or a site of the scenario that does not exist, and what the task itself raises.
+    *Noise.* A wrong label is drawn from those that reach any site in the same window (from the
+    catalogue where that is one label), so that noise never makes knowledge arrive early. ``about``
+    of a noisy site gets ``noise`` (the rate) and ``replaced`` (how many labels).
+    *Release.* What everybody starts with, window 1, stays; later records reach a site so many
+    windows later, at the latest in the last window. Of a record that then arrives twice in one
+    window the newer text is kept. ``about`` gets ``release``, the delay.
+    *Access.* ``about`` of a site that may not use everything gets ``access``, its scopes.
+
+    Raises UnknownName for a task, or a site or scope of the scenario, that does not exist, and
+    what the task itself raises.
     """
     if plan.task.name not in TASKS:
         raise UnknownName(
@@ -32,6 +43,8 @@ def load(plan: Plan) -> Stream:
         ("noisy", scenario.noisy),
         ("late", scenario.late),
         ("leave", scenario.leave),
+        ("release", scenario.release),
+        ("access", scenario.access),
     ):
         for site in sites:
             if site not in stream.sites:
@@ -39,7 +52,8 @@ def load(plan: Plan) -> Stream:
                     f"scenario.{key} names {site!r}, which is no site of this task; nearest is "
                     f"{nearest(site, stream.sites)}; sites are {', '.join(stream.sites)}"
                 )
-    return _noisy(stream, scenario.noisy, plan.run.seed)
+    stream = _noisy(stream, scenario.noisy, plan.run.seed)
+    return _restricted(_released(stream, scenario.release), scenario.access)
 
 
 def _noisy(stream: Stream, rates: Mapping[str, float], seed: int) -> Stream:
@@ -61,3 +75,30 @@ def _noisy(stream: Stream, rates: Mapping[str, float], seed: int) -> Stream:
         replaced = sum(new != old for new, old in zip(labels, clean.labels, strict=True))
         about[site] |= {"noise": rate, "replaced": replaced}
     return replace(stream, sites=sites, about=about)
+
+
+def _released(stream: Stream, delays: Mapping[str, int]) -> Stream:
+    last = len(stream.windows)
+    sites, about = dict(stream.sites), {name: dict(told) for name, told in stream.about.items()}
+    for site, delay in delays.items():
+        data = stream.sites[site]
+        windows = tuple(w if w == 1 else min(w + delay, last) for w in data.windows)
+        newest = {(r, w): i for i, (r, w) in enumerate(zip(data.records, windows, strict=True))}
+        kept = sorted(newest.values(), key=lambda i: (windows[i], i))
+        sites[site] = replace(data, windows=windows).take(kept)
+        about[site] |= {"release": delay}
+    return replace(stream, sites=sites, about=about)
+
+
+def _restricted(stream: Stream, access: Mapping[str, Sequence[str]]) -> Stream:
+    known = stream.catalogue.scopes()
+    about = {name: dict(told) for name, told in stream.about.items()}
+    for site, scopes in access.items():
+        for scope in scopes:
+            if scope not in known:
+                raise UnknownName(
+                    f"scenario.access.{site} names {scope!r}, which is no scope of this task; "
+                    f"nearest is {nearest(scope, known)}"
+                )
+        about[site] |= {"access": tuple(scopes)}
+    return replace(stream, about=about)
