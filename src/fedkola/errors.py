@@ -18,6 +18,7 @@ what was expected and what to do.
     ├ PrivacyError             5
     │ ├ UpdateHidden               a single update was asked for where only sums may be seen
     │ ├ GuardMissing               a guard the plan demands is not there
+    │ ├ AccessRefused              a module that this site may not hold
     │ └ SurvivorsChanged           fewer sites answered than were counted
     ├ RoundError               6
     │ ├ CohortTooSmall             fewer sites than the plan's minimum
@@ -98,6 +99,10 @@ class UpdateHidden(PrivacyError):
 
 
 class GuardMissing(PrivacyError):
+    pass
+
+
+class AccessRefused(PrivacyError):
     pass
 
 

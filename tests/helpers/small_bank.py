@@ -79,9 +79,11 @@ def sealed(
     seed: int = 0,
 ) -> Bank:
     """The bank with one more window of a scope, an analytic and a router cell."""
-    bank = banks.open_modules(bank, [scope], round=round, slots_max=9)
+    bank = banks.open_modules(bank, [scope], round=round, slots_max=99)
+    module = banks.module_of(bank, scope)
+    assert module is not None
     z = embeddings(codes, seed=seed)
     for kind in kinds:
-        cell = about(kind, f"{scope}@1", round, labels, records=len(codes))
+        cell = about(kind, module.id, round, labels, records=len(codes))
         bank = banks.seal(bank, cell, total(kind, labels, codes, z))
     return bank

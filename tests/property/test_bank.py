@@ -13,7 +13,7 @@ from fedkola.knowledge.bank import Bank, CellKind
 LABELS = ("x-1", "x-2", "x-3")
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["seal", "withdraw", "empty", "retire"]),
+        st.sampled_from(["seal", "withdraw", "empty", "retire", "supersede", "close", "rate"]),
         st.integers(0, 99),
         st.sampled_from(["heart", "lung"]),
     ),
@@ -27,6 +27,14 @@ def after(bank: Bank, number: int, step: tuple[str, int, str]) -> Bank:
     labels = tuple(f"{scope}/{label}" for label in LABELS)
     if what == "seal" or not bank.cells:
         return sealed(bank, scope, number, labels, [f"{scope}/{code}" for code in codes], seed=seed)
+    if what == "supersede" and banks.module_of(bank, scope):
+        return banks.supersede(bank, scope, round=number, slots_max=99)
+    if what in ("supersede", "close"):
+        module = bank.modules[seed % len(bank.modules)].id
+        return banks.retire_module(bank, module, round=number)
+    if what == "rate":
+        cell = bank.cells[seed % len(bank.cells)].about.id
+        return banks.rate(bank, cell, {"agreement": seed / 99})
     if what == "retire":
         code = bank.labels[seed % len(bank.labels)].code
         return banks.retire(bank, code, valid_to=number + 0.5, replaced_by=[labels[0]])

@@ -9,14 +9,15 @@ recipe, round), never by who contributed: a bank that lost a site equals one it 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedkola.errors import BasisMismatch, KnowledgeError, UnknownCell
+from fedkola.errors import AccessRefused, BasisMismatch, KnowledgeError, UnknownCell
 from fedkola.knowledge.statistics import COUNTS, GRAM, SUMS
 from fedkola.types import Aggregate, Cohort, Event, Grid, Scalar
 
@@ -28,13 +29,34 @@ class CellKind(Enum):
 
 
 class ModuleState(Enum):
+    """A candidate becomes active with its first cell; the version it replaces is superseded then.
+
+    A superseded or retired module has no weight in the present and answers as of earlier times.
+    """
+
+    CANDIDATE = "candidate"
     ACTIVE = "active"
+    SUPERSEDED = "superseded"
     RETIRED = "retired"
+    COMPACTED = "compacted"
+
+
+class Status(Enum):
+    """Where the integers of a cell are: in the bank, nowhere, in cold storage, or gone from it."""
+
+    SEALED = "sealed"
+    REVOKED = "revoked"
+    ARCHIVED = "archived"
+    PURGED = "purged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnowledgeCell:
-    """What a cell is, without its integers. ``words`` is the hash of the exact integer sum."""
+    """What a cell is, without its integers. ``words`` is the hash of the exact integer sum.
+
+    ``quality`` holds factors in [0, 1] by name, whose product weighs the cell in every view;
+    ``privacy`` the rules it was opened under.
+    """
 
     id: str
     module: str
@@ -48,6 +70,9 @@ class KnowledgeCell:
     contributors: int
     records: int
     words: str
+    quality: Mapping[str, float] = field(default_factory=dict)
+    privacy: Mapping[str, Scalar] = field(default_factory=dict)
+    status: Status = Status.SEALED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +85,24 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnowledgeModule:
-    """A unit of knowledge: the cells of one scope; owns one slot of the pinned basis."""
+    """A unit of knowledge: the cells of one version of one scope; owns a slot of the pinned basis.
+
+    ``access`` names the sites that may hold it (empty is all). ``half_life`` is in rounds; None
+    takes that of the view's rule. ``closed`` is the round in which it was superseded or retired,
+    ``valid_to`` the world time (in rounds) from which it no longer holds.
+    """
 
     id: str
     scope: str
     slot: int
     opened: int
     state: ModuleState = ModuleState.ACTIVE
+    version: int = 1
+    supersedes: str | None = None
+    access: tuple[str, ...] = ()
+    half_life: float | None = None
+    closed: int | None = None
+    valid_to: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,27 +153,117 @@ def content(labels: Sequence[str], total: Aggregate) -> str:
     return whole.hexdigest()
 
 
-def open_modules(bank: Bank, scopes: Iterable[str], *, round: int, slots_max: int) -> Bank:
-    """Give every new scope a module on the lowest free slot; raises BasisMismatch when full."""
-    modules = list(bank.modules)
+def open_modules(
+    bank: Bank,
+    scopes: Iterable[str],
+    *,
+    round: int,
+    slots_max: int,
+    access: Mapping[str, Sequence[str]] | None = None,
+) -> Bank:
+    """Give every scope without an open module one on the lowest free slot.
+
+    ``access`` names, by scope, the sites that may hold it. Raises BasisMismatch when all slots are
+    taken.
+    """
     for scope in scopes:
-        if any(module.scope == scope for module in modules):
-            continue
-        taken = {module.slot for module in modules}
-        free = next((i for i in range(slots_max) if i not in taken), None)
-        if free is None:
-            raise BasisMismatch(
-                f"all {slots_max} slots are taken, {scope} needs one; raise knowledge.slots_max"
+        if not any(m.scope == scope and _open(m) for m in bank.modules):
+            sites = tuple((access or {}).get(scope, ()))
+            bank = _add_module(bank, scope, None, sites, round=round, slots_max=slots_max)
+    return bank
+
+
+def supersede(bank: Bank, scope: str, *, round: int, slots_max: int) -> Bank:
+    """Open the next version of a scope as a candidate; what is sealed next goes to it.
+
+    The version in force answers until the candidate has its first cell: a version that too few
+    sites can fill never silences the one before it. A second call finds the candidate and changes
+    nothing. Raises UnknownCell for a scope without a module, BasisMismatch without a free slot.
+    """
+    current = module_of(bank, scope)
+    if current is None:
+        raise UnknownCell(
+            f"scope {scope} has no open module to supersede; it opens with its first cell"
+        )
+    if current.state is ModuleState.CANDIDATE:
+        return bank
+    return _add_module(bank, scope, current, current.access, round=round, slots_max=slots_max)
+
+
+def module_of(bank: Bank, scope: str) -> KnowledgeModule | None:
+    """The module that new cells of a scope go to: its newest version that is not closed."""
+    open_ = [m for m in bank.modules if m.scope == scope and _open(m)]
+    return max(open_, key=lambda module: module.version, default=None)
+
+
+def retire_module(bank: Bank, module: str, *, round: int, valid_to: float | None = None) -> Bank:
+    """Close a module without a successor; it answers as of earlier times. Raises UnknownCell."""
+    held = find_module(bank, module)
+    return _changed(bank, _closed(held, ModuleState.RETIRED, round, valid_to))
+
+
+def find_module(bank: Bank, module: str) -> KnowledgeModule:
+    """The module of this id; raises UnknownCell."""
+    for held in bank.modules:
+        if held.id == module:
+            return held
+    known = ", ".join(m.id for m in bank.modules) or "none"
+    raise UnknownCell(f"no module {module!r}; this bank has {known}")
+
+
+def held(bank: Bank, site: str) -> tuple[str, ...] | None:
+    """The modules that a site may hold (its held set V_k); None means every module."""
+    if all(not module.access or site in module.access for module in bank.modules):
+        return None
+    return tuple(m.id for m in bank.modules if not m.access or site in m.access)
+
+
+def demand_held(bank: Bank, site: str, modules: Sequence[str]) -> None:
+    """Raises AccessRefused if one of these modules is not for this site."""
+    for name in modules:
+        module = find_module(bank, name)
+        if module.access and site not in module.access:
+            raise AccessRefused(
+                f"{site or 'this reader'} may not hold {name}, which is for "
+                f"{', '.join(module.access)}; ask for modules of its own, or change scenario.access"
             )
-        modules.append(KnowledgeModule(id=f"{scope}@1", scope=scope, slot=free, opened=round))
-    return replace(bank, modules=tuple(modules))
+
+
+def rate(bank: Bank, cell: str, quality: Mapping[str, float]) -> Bank:
+    """Set quality factors of a live cell; its integers do not change. Raises KnowledgeError."""
+    for name, value in quality.items():
+        if not 0 <= value <= 1:
+            raise KnowledgeError(f"quality {name} = {value} of cell {cell}; expected 0 to 1")
+    known = find(bank, cell)
+    about = replace(known.about, quality={**known.about.quality, **quality})
+    cells = tuple(replace(c, about=about) if c is known else c for c in bank.cells)
+    return replace(bank, cells=cells)
+
+
+def weight(bank: Bank, cell: Cell, *, now: int, half_life: float | None) -> float:
+    """rho_c = q_c 2^(-(now - t_c) / h_m): what a cell weighs in a view of round ``now``.
+
+    ``half_life`` in rounds is used for modules that have none of their own.
+    """
+    own = next((m.half_life for m in bank.modules if m.id == cell.about.module), None)
+    span = half_life if own is None else own
+    age = 0.0 if span is None else max(now - cell.about.round, 0) / span
+    return float(prod(cell.about.quality.values()) * 2.0**-age)
 
 
 def seal(bank: Bank, about: KnowledgeCell, total: Aggregate) -> Bank:
-    """Add a sealed cell and open its label rows; raises KnowledgeError for a cell it holds."""
+    """Add a sealed cell and open its label rows; its module becomes active if it waited for it.
+
+    Raises KnowledgeError for a cell that the bank holds, or of a module that is closed.
+    """
     if any(cell.about.id == about.id for cell in bank.cells):
         raise KnowledgeError(
             f"cell {about.id} of {about.module} is sealed already; a round seals a cell once"
+        )
+    if any(m.id == about.module and not _open(m) for m in bank.modules):
+        raise KnowledgeError(
+            f"module {about.module} is closed and takes no cell; new knowledge of its scope "
+            "goes to a newer version"
         )
     known = {entry.code for entry in bank.labels}
     opened = tuple(
@@ -146,7 +272,8 @@ def seal(bank: Bank, about: KnowledgeCell, total: Aggregate) -> Bank:
         if code not in known
     )
     cell = Cell(about=replace(about, words=content(about.labels, total)), total=total)
-    return replace(bank, cells=(*bank.cells, cell), labels=bank.labels + opened)
+    bank = replace(bank, cells=(*bank.cells, cell), labels=bank.labels + opened)
+    return _activated(bank, about.module, round=about.round, valid_from=about.valid[0])
 
 
 def alone(
@@ -194,7 +321,8 @@ def withdraw(
     )
     if records == 0 or contributors < k_min:
         rest = tuple(c for c in bank.cells if c.about.id != cell)
-        return replace(bank, cells=rest, revoked=(*bank.revoked, about))
+        gone = replace(about, status=Status.REVOKED)
+        return replace(bank, cells=rest, revoked=(*bank.revoked, gone))
     cells = tuple(Cell(about=about, total=total) if c is held else c for c in bank.cells)
     return replace(bank, cells=cells)
 
@@ -228,12 +356,18 @@ def select(
     known_at: int | None = None,
     held: Sequence[str] | None = None,
 ) -> tuple[Cell, ...]:
-    """Live cells of one kind as of a world time and a knowledge time, of the held modules."""
+    """Live cells of one kind as of a world time and a knowledge time, of the held modules.
+
+    Cells of a superseded or retired module are left out unless the time asked for is before its
+    end, or before the end was known.
+    """
+    over = {m.id for m in bank.modules if not _answers(m, valid_at=valid_at, known_at=known_at)}
     chosen = []
     for cell in bank.cells:
         start, end = cell.about.valid
         if (
             cell.about.kind is kind
+            and cell.about.module not in over
             and (known_at is None or cell.about.round <= known_at)
             and (valid_at is None or (start <= valid_at and (end is None or valid_at < end)))
             and (held is None or cell.about.module in held)
@@ -269,19 +403,24 @@ def events(before: Bank, after: Bank) -> tuple[Event, ...]:
     found: list[Event] = []
     held = {module.id: module for module in before.modules}
     for module in after.modules:
-        if held.get(module.id) != module:
-            found.append(_event("OPEN", module.id, asdict(module)))
+        known = held.get(module.id)
+        if known != module:
+            closed = known is None or known.state is not module.state
+            kind = _CLOSINGS.get(module.state, "OPEN") if closed else "OPEN"
+            found.append(_event(kind, module.id, asdict(module)))
     old_labels = {entry.code: entry for entry in before.labels}
     for entry in after.labels:
         if old_labels.get(entry.code) != entry:
             found.append(_event("LABEL", entry.code, asdict(entry)))
     old_cells = {cell.about.id: cell.about for cell in before.cells}
     for cell in after.cells:
-        known = old_cells.get(cell.about.id)
-        if known is None:
+        before_it = old_cells.get(cell.about.id)
+        if before_it is None:
             found.append(_event("SEAL", cell.about.id, asdict(cell.about)))
-        elif known.words != cell.about.words:
+        elif before_it.words != cell.about.words:
             found.append(_event("WITHDRAW", cell.about.id, asdict(cell.about)))
+        elif before_it != cell.about:
+            found.append(_event("RATE", cell.about.id, asdict(cell.about)))
     gone = {about.id for about in before.revoked}
     for about in after.revoked:
         if about.id not in gone:
@@ -296,11 +435,11 @@ def fold(history: Iterable[tuple[str, str, Mapping[str, Any]]]) -> dict[str, dic
     cells: dict[str, Any] = {}
     revoked: dict[str, Any] = {}
     for kind, subject, body in history:
-        if kind == "OPEN":
+        if kind in ("OPEN", *_CLOSINGS.values()):
             modules[subject] = body
         elif kind == "LABEL":
             labels[subject] = body
-        elif kind in ("SEAL", "WITHDRAW"):
+        elif kind in ("SEAL", "WITHDRAW", "RATE"):
             cells[subject] = body
         elif kind == "REVOKE":
             cells.pop(subject, None)
@@ -321,6 +460,80 @@ def metadata(bank: Bank) -> dict[str, dict[str, Any]]:
 def cell_bytes(cell: Cell) -> int:
     """Bytes of a cell's integers."""
     return sum(_nbytes(value) for value in cell.total.words.values())
+
+
+_CLOSINGS = {
+    ModuleState.SUPERSEDED: "SUPERSEDE",
+    ModuleState.RETIRED: "RETIRE",
+    ModuleState.COMPACTED: "COMPACT",
+}
+_CLOSED = (ModuleState.SUPERSEDED, ModuleState.RETIRED)
+
+
+def _open(module: KnowledgeModule) -> bool:
+    return module.state not in _CLOSED
+
+
+def _closed(
+    module: KnowledgeModule, state: ModuleState, round: int, valid_to: float | None
+) -> KnowledgeModule:
+    end = float(round) if valid_to is None else valid_to
+    return replace(module, state=state, closed=round, valid_to=end)
+
+
+def _answers(module: KnowledgeModule, *, valid_at: float | None, known_at: int | None) -> bool:
+    """Whether a module has weight in a view as of these times."""
+    if module.closed is None or module.valid_to is None:
+        return True
+    unknown_then = known_at is not None and known_at < module.closed
+    return unknown_then or (valid_at is not None and valid_at < module.valid_to)
+
+
+def _add_module(
+    bank: Bank,
+    scope: str,
+    earlier: KnowledgeModule | None,
+    access: tuple[str, ...],
+    *,
+    round: int,
+    slots_max: int,
+) -> Bank:
+    taken = {module.slot for module in bank.modules}
+    free = next((i for i in range(slots_max) if i not in taken), None)
+    if free is None:
+        raise BasisMismatch(
+            f"all {slots_max} slots are taken, {scope} needs one; raise knowledge.slots_max"
+        )
+    version = 1 + max((m.version for m in bank.modules if m.scope == scope), default=0)
+    module = KnowledgeModule(
+        id=f"{scope}@{version}",
+        scope=scope,
+        slot=free,
+        opened=round,
+        state=ModuleState.CANDIDATE if earlier else ModuleState.ACTIVE,
+        version=version,
+        supersedes=earlier.id if earlier else None,
+        access=access,
+        half_life=earlier.half_life if earlier else None,
+    )
+    return replace(bank, modules=(*bank.modules, module))
+
+
+def _changed(bank: Bank, module: KnowledgeModule) -> Bank:
+    modules = tuple(module if m.id == module.id else m for m in bank.modules)
+    return replace(bank, modules=modules)
+
+
+def _activated(bank: Bank, module: str, *, round: int, valid_from: float) -> Bank:
+    """The bank after the first cell of a candidate: it is active, its predecessor superseded."""
+    waiting = [m for m in bank.modules if m.id == module and m.state is ModuleState.CANDIDATE]
+    for candidate in waiting:
+        bank = _changed(bank, replace(candidate, state=ModuleState.ACTIVE))
+        for earlier in bank.modules:
+            if earlier.id == candidate.supersedes:
+                old = _closed(earlier, ModuleState.SUPERSEDED, round, valid_from)
+                bank = _changed(bank, old)
+    return bank
 
 
 def _heirs(entries: Mapping[str, LabelEntry], code: str, live: Sequence[str]) -> list[str]:

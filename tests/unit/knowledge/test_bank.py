@@ -6,9 +6,9 @@ import pytest
 import torch
 from small_bank import about, embeddings, sealed, total
 
-from fedkola.errors import BasisMismatch, KnowledgeError, UnknownCell
+from fedkola.errors import AccessRefused, BasisMismatch, KnowledgeError, UnknownCell
 from fedkola.knowledge import bank as banks
-from fedkola.knowledge.bank import Bank, CellKind
+from fedkola.knowledge.bank import Bank, CellKind, ModuleState, Status
 
 HEART = ("heart-1", "heart-2")
 CODES = ["heart-1", "heart-2", "heart-1"]
@@ -167,3 +167,104 @@ def test_events_tell_what_changed_and_nothing_else():
 def test_the_bytes_of_a_cell_are_those_of_its_integers():
     cell = analytic(sealed(Bank(), "heart", 1, HEART, CODES))
     assert banks.cell_bytes(cell) == 8 * (16 * 17 // 2 + 2 * 16 + 2 + 1 + 1)
+
+
+def versions(*steps: int) -> Bank:
+    """heart@1 sealed in round 1, superseded and filled again in each of these rounds."""
+    bank = sealed(Bank(), "heart", 1, HEART, CODES)
+    for number in steps:
+        bank = banks.supersede(bank, "heart", round=number, slots_max=9)
+        bank = sealed(bank, "heart", number, HEART, CODES, seed=number)
+    return bank
+
+
+def test_a_version_answers_until_its_successor_has_a_cell():
+    bank = banks.supersede(versions(), "heart", round=2, slots_max=9)
+    assert banks.supersede(bank, "heart", round=3, slots_max=9) == bank
+    assert [(m.id, m.state) for m in bank.modules] == [
+        ("heart@1", ModuleState.ACTIVE),
+        ("heart@2", ModuleState.CANDIDATE),
+    ]
+    assert [c.about.module for c in banks.select(bank, CellKind.ROUTER)] == ["heart@1"]
+    bank = sealed(bank, "heart", 3, HEART, CODES)
+    first, second = bank.modules
+    assert (first.state, first.closed, first.valid_to) == (ModuleState.SUPERSEDED, 3, 3.0)
+    assert (second.state, second.version, second.supersedes) == (ModuleState.ACTIVE, 2, "heart@1")
+    assert [c.about.module for c in banks.select(bank, CellKind.ROUTER)] == ["heart@2"]
+
+
+def test_superseded_knowledge_is_answered_as_of_its_own_time():
+    bank = versions(3, 5)
+
+    def chosen(**asof: object) -> list[str]:
+        return [c.about.module for c in banks.select(bank, CellKind.ANALYTIC, **asof)]
+
+    assert chosen() == ["heart@3"]
+    assert chosen(valid_at=2.9) == ["heart@1"]
+    assert chosen(valid_at=3.0) == ["heart@2"]
+    assert chosen(valid_at=5.0) == ["heart@3"]
+    assert chosen(known_at=2) == ["heart@1"]
+    assert chosen(known_at=4) == ["heart@2"]
+    assert chosen(known_at=4, valid_at=1.0) == ["heart@1"]
+
+
+def test_a_closed_module_takes_no_cell_and_its_scope_goes_on_in_a_new_version():
+    bank = banks.retire_module(versions(), "heart@1", round=2)
+    assert banks.select(bank, CellKind.ROUTER) == ()
+    assert len(banks.select(bank, CellKind.ROUTER, known_at=1)) == 1
+    late = about(CellKind.ROUTER, "heart@1", 2, HEART, records=3)
+    with pytest.raises(KnowledgeError, match="heart@1 is closed and takes no cell"):
+        banks.seal(bank, late, total(CellKind.ROUTER, HEART, CODES, embeddings(CODES)))
+    bank = sealed(bank, "heart", 3, HEART, CODES)
+    assert [c.about.module for c in banks.select(bank, CellKind.ROUTER)] == ["heart@2"]
+    with pytest.raises(UnknownCell, match="lung has no open module"):
+        banks.supersede(bank, "lung", round=3, slots_max=9)
+
+
+def test_a_cell_weighs_its_quality_times_its_freshness():
+    bank = versions()
+    cell = analytic(bank)
+    assert banks.weight(bank, cell, now=9, half_life=None) == 1.0
+    assert banks.weight(bank, cell, now=3, half_life=2.0) == 0.5
+    rated = banks.rate(bank, cell.about.id, {"agreement": 0.5, "review": 0.5})
+    assert banks.weight(rated, analytic(rated), now=3, half_life=2.0) == 0.125
+    modules = (replace(rated.modules[0], half_life=1.0),)
+    assert banks.weight(replace(rated, modules=modules), analytic(rated), now=3, half_life=9) == (
+        0.0625
+    )
+    assert analytic(rated).about.words == cell.about.words
+    (event,) = banks.events(bank, rated)
+    assert event["kind"] == "RATE"
+    with pytest.raises(KnowledgeError, match=r"agreement = 1\.5"):
+        banks.rate(bank, cell.about.id, {"agreement": 1.5})
+
+
+def test_a_site_holds_what_its_access_lists_allow():
+    bank = banks.open_modules(
+        Bank(), ["a", "b"], round=1, slots_max=9, access={"b": ("north", "south")}
+    )
+    assert banks.held(bank, "north") is None
+    assert banks.held(bank, "west") == ("a@1",)
+    banks.demand_held(bank, "north", ["a@1", "b@1"])
+    with pytest.raises(AccessRefused, match="west may not hold b@1, which is for north, south"):
+        banks.demand_held(bank, "west", ["a@1", "b@1"])
+    newer = banks.supersede(bank, "b", round=2, slots_max=9)
+    assert banks.held(newer, "west") == ("a@1",)
+    with pytest.raises(UnknownCell, match="no module 'c'; this bank has a@1, b@1"):
+        banks.demand_held(bank, "west", ["c"])
+
+
+def test_superseding_and_retiring_are_events():
+    first = versions()
+    second = sealed(banks.supersede(first, "heart", round=2, slots_max=9), "heart", 2, HEART, CODES)
+    kinds = [(event["kind"], event["subject"]) for event in banks.events(first, second)]
+    assert kinds[:2] == [("SUPERSEDE", "heart@1"), ("OPEN", "heart@2")]
+    (event,) = banks.events(second, banks.retire_module(second, "heart@2", round=3))
+    assert (event["kind"], event["body"]["closed"]) == ("RETIRE", 3)
+
+
+def test_a_revoked_cell_says_so():
+    bank = versions()
+    nothing = total(CellKind.ANALYTIC, HEART, [], embeddings([]))
+    bank = banks.withdraw(bank, analytic(bank).about.id, nothing, records=0, contributors=0)
+    assert [gone.status for gone in bank.revoked] == [Status.REVOKED]
