@@ -25,7 +25,16 @@ from fedkola.knowledge import forget
 from fedkola.knowledge.stream import Records
 from fedkola.training import evaluate, features, fit
 from fedkola.training.model import Foundation
-from fedkola.types import Broadcast, Catalogue, Client, Dataset, Reply, Update, Weights
+from fedkola.types import (
+    Broadcast,
+    Catalogue,
+    Client,
+    Dataset,
+    Penalty,
+    Reply,
+    Update,
+    Weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +113,10 @@ class Site:
         seed: int,
         classes: Sequence[str] = (),
         pinned: Weights | None = None,
+        penalty: Penalty | None = None,
     ) -> Weights:
         """Train on this site's records; an encoder without a head has nothing to learn from."""
-        labels = self._rows(data, classes) if "head.weight" in weights else None
+        labels = self._targets(weights, data, classes, pinned)
         if self._trainer.foundation.kind == "encoder" and labels is None:
             return dict(weights)
         return fit.fit(
@@ -117,6 +127,29 @@ class Site:
             steps=steps,
             batch=batch,
             lr=lr,
+            seed=self._own_seed(seed),
+            scale=self._trainer.scale,
+            pinned=pinned,
+            prompts=data.prompts,
+            penalty=penalty,
+        )
+
+    def importance(
+        self,
+        weights: Weights,
+        data: Dataset,
+        *,
+        seed: int,
+        records: int,
+        classes: Sequence[str] = (),
+        pinned: Weights | None = None,
+    ) -> Weights:
+        return fit.importance(
+            self._trainer.foundation,
+            weights,
+            data.texts,
+            self._targets(weights, data, classes, pinned),
+            records=records,
             seed=self._own_seed(seed),
             scale=self._trainer.scale,
             pinned=pinned,
@@ -176,6 +209,14 @@ class Site:
         self._drop_outbox()
 
     # --- private ----------------------------------------------------------------------------------
+
+    def _targets(
+        self, weights: Weights, data: Dataset, classes: Sequence[str], pinned: Weights | None
+    ) -> list[int] | None:
+        """Rows of the head to be learnt, None where there is no head."""
+        if "head.weight" not in {**weights, **(pinned or {})}:
+            return None
+        return self._rows(data, classes)
 
     def _rows(self, data: Dataset, classes: Sequence[str]) -> list[int]:
         """The head's row of every record: the one class among the label and its ancestors."""

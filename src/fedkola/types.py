@@ -250,11 +250,27 @@ class Client(Protocol):
         seed: int,
         classes: Sequence[str] = (),
         pinned: Weights | None = None,
+        penalty: Penalty | None = None,
     ) -> Weights:
         """Train ``weights`` on ``data`` and return them; ``pinned`` tensors stay as given.
 
-        ``classes`` names the rows of ``head.weight``: labels, or nodes of a higher level.
+        ``classes`` names the rows of ``head.weight``: labels, or nodes of a higher level. Names
+        are ``{layer}.lora_A``, ``.lora_B``, a core ``.lora_R`` between them, and a pinned
+        ``.delta`` that is added to the frozen weight.
         """
+        ...
+
+    def importance(
+        self,
+        weights: Weights,
+        data: Dataset,
+        *,
+        seed: int,
+        records: int,
+        classes: Sequence[str] = (),
+        pinned: Weights | None = None,
+    ) -> Weights:
+        """Squared gradients of single records' losses, summed over at most ``records`` of them."""
         ...
 
     def grams(self, weights: Weights, data: Dataset, *, pinned: Weights) -> Weights:

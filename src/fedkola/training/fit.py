@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedkola.errors import DataError, ModelMismatch, StepFailed
-from fedkola.training.adapters import A, B, adapted, factor
+from fedkola.training.adapters import DELTA, A, B, R, adapted, factor
 from fedkola.training.model import Foundation, encode, encode_answers
 from fedkola.training.threads import equal_lengths, filled, side_by_side
-from fedkola.types import Weights
+from fedkola.types import Penalty, Weights
 
 HEAD, BIAS = "head.weight", "head.bias"
 # One pass over 6,144 ICD-10-CM descriptions at lr 1e-3 from a zero head, 1,500 others held out, 285
@@ -46,15 +46,17 @@ def fit(
     scale: float,
     pinned: Weights | None = None,
     prompts: Sequence[str] = (),
+    penalty: Penalty | None = None,
 ) -> dict[str, Tensor]:
     """``weights`` after ``steps`` steps of AdamW without decay: float32, in new storage.
 
     ``weights`` and ``pinned`` together hold lora_A and lora_B and, for an encoder, head.weight
     (classes, width) and perhaps head.bias (classes). ``pinned`` is used, not trained, not
-    returned. ``labels`` are rows of the head; None for a causal model, whose texts may each have a
-    prompt. Without texts, or with texts of one token that have no next one, nothing changes.
-    Raises ModelMismatch, DataError for labels outside the head, and StepFailed for a loss that is
-    not finite.
+    returned; a base shift is always pinned. ``labels`` are rows of the head; None for a causal
+    model, whose texts may each have a prompt. ``penalty`` is added to the mean loss of a batch.
+    Without texts, or with texts of one token that have no next one, nothing changes. Raises
+    ModelMismatch, DataError for labels outside the head, and StepFailed for a loss that is not
+    finite.
     """
     fixed = dict(pinned or {})
     start = {name: v.detach().float().clone() for name, v in weights.items() if name not in fixed}
@@ -65,15 +67,11 @@ def fit(
     else:
         ids, first = encode_answers(foundation, prompts, texts)
         labels, usable = None, [row for row, tokens in enumerate(ids) if len(tokens) > first[row]]
+    require_trainable(start, penalty)
     if steps <= 0 or not usable or not start:
         return start
     with adapted(foundation, {**start, **fixed}, scale=scale) as model, side_by_side() as each:
-        leaves = {
-            name: factor(model, name) if name.endswith((A, B)) else nn.Parameter(value)
-            for name, value in start.items()
-        }
-        for leaf in leaves.values():
-            leaf.requires_grad_(True)
+        leaves = _leaves(model, start)
         everything = {**fixed, **leaves}
         optimiser = torch.optim.AdamW(leaves.values(), lr=lr, weight_decay=0.0, fused=True)
 
@@ -98,13 +96,80 @@ def fit(
                 )
             predicted = sum(len(ids[row]) - first[row] for row in rows)
             count = len(rows) if labels is not None else predicted
-            for place, leaf in enumerate(leaves.values()):
+            for place, (name, leaf) in enumerate(leaves.items()):
                 total = answers[0][1][place].clone()
                 for _, grads in answers[1:]:
                     total += grads[place]
                 leaf.grad = total.div_(count)
+                if penalty is not None:
+                    leaf.grad += penalty_gradient(penalty, name, leaf.detach())
             optimiser.step()
         return {name: leaf.detach().clone() for name, leaf in leaves.items()}
+
+
+def penalty_gradient(penalty: Penalty, name: str, value: Tensor) -> Tensor:
+    """The gradient of a penalty in the tensor called ``name``, where that tensor is ``value``."""
+    slope = torch.zeros_like(value)
+    if name in penalty.importance:
+        slope += penalty.strength * penalty.importance[name] * (value - penalty.anchor[name])
+    if name in penalty.apart:
+        other = penalty.apart[name]
+        slope += 2 * penalty.strength * (value @ other.T) @ other
+    return slope
+
+
+def importance(
+    foundation: Foundation,
+    weights: Weights,
+    texts: Sequence[str],
+    labels: Sequence[int] | None,
+    *,
+    records: int,
+    seed: int,
+    scale: float,
+    pinned: Weights | None = None,
+    prompts: Sequence[str] = (),
+) -> dict[str, Tensor]:
+    """Squared gradients of single records' losses, summed over records: float64, by tensor.
+
+    That is the diagonal of the empirical Fisher information times the number of records. At most
+    ``records`` texts (0: all) are drawn by ``seed``; a causal model's loss is the mean over a
+    text's own tokens, and texts without one are left out. Other arguments as for ``fit``.
+    """
+    fixed = dict(pinned or {})
+    start = {name: v.detach().float() for name, v in weights.items() if name not in fixed}
+    if foundation.kind == "encoder":
+        ids, first = encode(foundation, texts), [0] * len(texts)
+        require_head({**start, **fixed}, labels, len(texts))
+        usable = list(range(len(ids)))
+    else:
+        ids, first = encode_answers(foundation, prompts, texts)
+        labels, usable = None, [row for row, tokens in enumerate(ids) if len(tokens) > first[row]]
+    require_trainable(start, None)
+    sums = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in start.items()}
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(usable), generator=generator)[: records or len(usable)]
+    drawn = [usable[place] for place in sorted(order.tolist())]
+    if not drawn or not start:
+        return sums
+    with adapted(foundation, {**start, **fixed}, scale=scale) as model, side_by_side() as each:
+        leaves = _leaves(model, start)
+        everything = {**fixed, **leaves}
+
+        def squared(row: int) -> list[Tensor]:
+            if labels is None:
+                loss = _next_token_loss(model, [ids[row]], [first[row]])
+                loss = loss / (len(ids[row]) - first[row])
+            else:
+                loss = _label_loss(model, everything, [ids[row]], [labels[row]])
+            found = torch.autograd.grad(loss, list(leaves.values()))
+            return [gradient.double().square() for gradient in found]
+
+        for at in range(0, len(drawn), PART):
+            for found in each(squared, drawn[at : at + PART]):
+                for name, square in zip(leaves, found, strict=True):
+                    sums[name] += square
+    return sums
 
 
 def grams(
@@ -182,6 +247,42 @@ def require_head(weights: Weights, labels: Sequence[int] | None, count: int) -> 
             f"{len(labels)} labels for {count} texts; expected one label in 0..{classes - 1} "
             f"for each text"
         )
+
+
+def require_trainable(weights: Weights, penalty: Penalty | None) -> None:
+    """Raise ModelMismatch unless all of these can train and the penalty is about some of them."""
+    fixed = sorted(name for name in weights if name.endswith(DELTA))
+    if fixed:
+        raise ModelMismatch(
+            f"{fixed[0]} is a shift of the frozen base and does not train; give it as pinned"
+        )
+    if penalty is None:
+        return
+    if set(penalty.importance) != set(penalty.anchor):
+        raise ModelMismatch(
+            "a penalty needs an anchor for each tensor of its importance; they differ in "
+            f"{sorted(set(penalty.importance) ^ set(penalty.anchor))[:3]}"
+        )
+    about = [*penalty.importance.items(), *penalty.anchor.items(), *penalty.apart.items()]
+    for name, value in about:
+        wanted = tuple(weights[name].shape) if name in weights else ()
+        # Other adapters that A is kept apart from may have another rank.
+        rows = value.shape[:1] if name in penalty.apart else wanted[:1]
+        if not wanted or tuple(value.shape) != (*rows, *wanted[1:]):
+            raise ModelMismatch(
+                f"the penalty names {name} of shape {tuple(value.shape)}, of those that train "
+                f"it has the shape {wanted}; give tensors of the names and shapes that train"
+            )
+
+
+def _leaves(model: nn.Module, start: Weights) -> dict[str, nn.Parameter]:
+    leaves = {
+        name: factor(model, name) if name.endswith((A, B, R)) else nn.Parameter(value)
+        for name, value in start.items()
+    }
+    for leaf in leaves.values():
+        leaf.requires_grad_(True)
+    return leaves
 
 
 def _label_loss(

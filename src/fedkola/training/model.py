@@ -162,7 +162,8 @@ def encode_prompts(foundation: Foundation, prompts: Sequence[str], *, room: int)
 
 def require_bare(foundation: Foundation) -> None:
     """Raise StepFailed while an adapter is in the model: it would count as part of the base."""
-    if getattr(foundation.model, "peft_config", None) is not None:
+    model: Any = foundation.model
+    if getattr(model, "peft_config", None) is not None or getattr(model, "shifted", False):
         raise StepFailed(
             f"model {foundation.name} carries an adapter at this moment; leave the adapted block "
             f"before embedding or adapting again"
