@@ -170,7 +170,7 @@ class Site:
 
     def features(self, data: Dataset) -> Tensor:
         """Of the prompts where there are some: what is known before the answer."""
-        return self._trainer.cache.integers(data.prompts or data.texts)
+        return self._trainer.cache.integers(data.questions)
 
     def evaluate(
         self, weights: Weights, data: Dataset, *, classes: Sequence[str] = ()
@@ -181,7 +181,7 @@ class Site:
             return evaluate.perplexity(
                 foundation, weights, data.texts, scale=scale, prompts=data.prompts
             )
-        return evaluate.classify(foundation, weights, data.texts, labels, scale=scale)
+        return evaluate.classify(foundation, weights, data.questions, labels, scale=scale)
 
     def post(self, request: forget.Request) -> dict[tuple[int, str], frozenset[str]]:
         """Accept a removal: from now on these records are never contributed again.
@@ -204,7 +204,7 @@ class Site:
         """Delete what the site kept about removed records, after the bank has changed."""
         forget.settle(self.store, request)
         kept = frozenset(self.knowledge.data.records)
-        pairs = zip(self._data.records, self._data.texts, strict=True)
+        pairs = zip(self._data.records, self._data.questions, strict=True)
         self._trainer.cache.forget([text for record, text in pairs if record not in kept])
         self._drop_outbox()
 

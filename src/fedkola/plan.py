@@ -53,7 +53,8 @@ class Task:
     reported label (0 is no cap). ``folder`` holds the files of a public corpus; "" looks below the
     folder that the environment variable FEDKOLA_DATA names. ``order`` is the order in which the
     sets of ``cl-text`` arrive, ``period`` the length of a window where records have dates ("year"
-    or "quarter"). ``train`` is a file, or a pattern where each file is one site.
+    or "quarter"). ``entities`` are those of ``facts``, ``changing`` the share of their facts that
+    change in a window. ``train`` is a file, or a pattern where each file is one site.
     ``text``, ``label``, ``time``, ``patient``, ``record``, ``site``, ``scope`` and ``window`` name
     columns; "" means that there is no such column. ``partition`` is "iid", "by-label" or
     "dirichlet:" and a concentration. ``unlabelled`` is the text of a causal language model.
@@ -69,6 +70,8 @@ class Task:
     folder: str = ""
     order: str = ""
     period: str = "year"
+    entities: int = 64
+    changing: float = 0.1
     train: str = ""
     test: str = ""
     test_share: float = 0.2
@@ -218,6 +221,8 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "task.overlap": (0, 1),
     "task.backlog": (0, 1),
     "task.per_label": (0, _WORD),
+    "task.entities": (1, _WORD),
+    "task.changing": (0, 1),
     "task.test_share": (0, 1),
     "scenario.noisy": (0, 1),
     "scenario.late": (1, _WORD),

@@ -86,6 +86,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """What a model reads before it answers: the prompts where there are some, else texts."""
+        return self.prompts or self.texts
+
     def take(self, rows: Sequence[int]) -> "Dataset":
         """The rows at these positions, in this order."""
         return Dataset(

@@ -53,7 +53,8 @@ def fit(
     ``weights`` and ``pinned`` together hold lora_A and lora_B and, for an encoder, head.weight
     (classes, width) and perhaps head.bias (classes). ``pinned`` is used, not trained, not
     returned; a base shift is always pinned. ``labels`` are rows of the head; None for a causal
-    model, whose texts may each have a prompt. ``penalty`` is added to the mean loss of a batch.
+    model, whose texts may each have a prompt; an encoder reads prompts instead of texts where
+    there are some. ``penalty`` is added to the mean loss of a batch.
     Without texts, or with texts of one token that have no next one, nothing changes. Raises
     ModelMismatch, DataError for labels outside the head, and StepFailed for a loss that is not
     finite.
@@ -61,7 +62,7 @@ def fit(
     fixed = dict(pinned or {})
     start = {name: v.detach().float().clone() for name, v in weights.items() if name not in fixed}
     if foundation.kind == "encoder":
-        ids, first = encode(foundation, texts), [0] * len(texts)
+        ids, first = encode(foundation, prompts or texts), [0] * len(texts)
         require_head({**start, **fixed}, labels, len(texts))
         usable = list(range(len(ids)))
     else:
@@ -139,7 +140,7 @@ def importance(
     fixed = dict(pinned or {})
     start = {name: v.detach().float() for name, v in weights.items() if name not in fixed}
     if foundation.kind == "encoder":
-        ids, first = encode(foundation, texts), [0] * len(texts)
+        ids, first = encode(foundation, prompts or texts), [0] * len(texts)
         require_head({**start, **fixed}, labels, len(texts))
         usable = list(range(len(ids)))
     else:
@@ -191,7 +192,10 @@ def grams(
     both = {**weights, **pinned}
     factors = {name.removesuffix(A): a.float() for name, a in both.items() if name.endswith(A)}
     sums = {layer: torch.zeros(len(a), len(a), dtype=torch.float64) for layer, a in factors.items()}
-    ids = encode_answers(foundation, prompts, texts)[0] if prompts else encode(foundation, texts)
+    if prompts and foundation.kind == "causal":
+        ids, _ = encode_answers(foundation, prompts, texts)
+    else:
+        ids = encode(foundation, prompts or texts)
     seen = threading.local()
 
     def run(rows: list[int]) -> dict[str, Tensor]:

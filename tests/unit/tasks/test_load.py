@@ -39,7 +39,7 @@ def test_noise_never_makes_a_label_arrive_before_its_window():
 
 
 def test_an_unknown_task_is_refused_with_those_there_are():
-    with pytest.raises(UnknownName, match="set one of files, icd10cm"):
+    with pytest.raises(UnknownName, match="set one of facts, files, icd10cm"):
         tasks.load(Plan(task=Task(name="icd11")))
 
 

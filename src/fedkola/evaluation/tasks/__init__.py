@@ -10,13 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from fedkola.errors import UnknownName
-from fedkola.evaluation.tasks import files, icd10cm
+from fedkola.evaluation.tasks import facts, files, icd10cm
 from fedkola.evaluation.tasks.tables import nearest
 from fedkola.knowledge.stream import Stream
 from fedkola.plan import Plan
 from fedkola.quality.corrupt import symmetric
 
-TASKS: Mapping[str, Callable[..., Stream]] = {"files": files.load, "icd10cm": icd10cm.load}
+TASKS: Mapping[str, Callable[..., Stream]] = {
+    "facts": facts.load,
+    "files": files.load,
+    "icd10cm": icd10cm.load,
+}
 
 
 def load(plan: Plan) -> Stream:
@@ -72,6 +76,12 @@ def _noisy(stream: Stream, rates: Mapping[str, float], seed: int) -> Stream:
             for i, label in zip(rows, wrong.labels, strict=True):
                 labels[i] = label
         sites[site] = replace(clean, labels=tuple(labels))
+        if clean.prompts:
+            # Where a text is the answer, a wrong label is a wrong text.
+            names = stream.catalogue.texts
+            pairs = zip(labels, clean.labels, clean.texts, strict=True)
+            texts = tuple(names.get(new, new) if new != old else text for new, old, text in pairs)
+            sites[site] = replace(sites[site], texts=texts)
         replaced = sum(new != old for new, old in zip(labels, clean.labels, strict=True))
         about[site] |= {"noise": rate, "replaced": replaced}
     return replace(stream, sites=sites, about=about)
