@@ -120,7 +120,10 @@ class Cohort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
-    """``exchanges`` counts the training exchanges per round of iterated methods."""
+    """``exchanges`` counts the training exchanges per round of iterated methods. Baselines read
+    the last ones, each its own: the weight of a penalty, the records a site keeps for replay (0
+    keeps none), the records it draws for an estimate (0 draws all), a threshold between tasks or
+    modules, the temperature of a gate, the size of a core between pinned factors."""
 
     name: str = "fedkola"
     rank: int = 8
@@ -129,6 +132,12 @@ class Algorithm:
     batch: int = 32
     lr: float = 1e-3
     exchanges: int = 1
+    penalty: float = 1.0
+    buffer: int = 64
+    sample: int = 64
+    threshold: float = 0.9
+    temperature: float = 0.05
+    core: int = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +247,12 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "algorithm.batch": (1, _WORD),
     "algorithm.lr": (_TINY, _HUGE),
     "algorithm.exchanges": (1, _WORD),
+    "algorithm.penalty": (0, _HUGE),
+    "algorithm.buffer": (0, _WORD),
+    "algorithm.sample": (0, _WORD),
+    "algorithm.threshold": (-_HUGE, _HUGE),
+    "algorithm.temperature": (_TINY, _HUGE),
+    "algorithm.core": (1, _WORD),
     "knowledge.features": (1, _WORD),
     "knowledge.bits": (1, 12),
     "knowledge.lam": (_TINY, _HUGE),

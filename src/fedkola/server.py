@@ -17,11 +17,9 @@ import torch
 
 from fedkola import wire
 from fedkola.algorithms import ALGORITHMS
-from fedkola.algorithms.fedit import FedIT
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
-from fedkola.algorithms.joint import Joint
-from fedkola.algorithms.local import Local
+from fedkola.algorithms.setting import Setting
 from fedkola.client import Site, Trainer
 from fedkola.engines import ENGINES
 from fedkola.errors import (
@@ -31,20 +29,18 @@ from fedkola.errors import (
     UnknownCell,
     UnknownName,
 )
-from fedkola.knowledge import availability, basis, forget, statistics
+from fedkola.knowledge import availability, forget
 from fedkola.knowledge.availability import Pattern
 from fedkola.knowledge.forget import CellOutcome, ForgetReceipt, Request
 from fedkola.knowledge.stream import Stream
-from fedkola.knowledge.views import Rule
 from fedkola.ledger import Ledger
 from fedkola.plan import Plan, as_dict, digest
 from fedkola.privacy.guards import Guarded
 from fedkola.training import adapters, features, model
 from fedkola.training.model import Foundation
-from fedkola.types import Algorithm, Catalogue, Clients, Cohort, Report, Weights
+from fedkola.types import Algorithm, Catalogue, Clients, Cohort, Event, Report, Weights
 
 CLIP = 16.0
-FRACTION = 10
 
 Observe = Callable[[int, Any], Mapping[str, float]]
 Progress = Callable[[Report], None]
@@ -154,61 +150,18 @@ def report_level(plan: Plan, catalogue: Catalogue) -> int:
 
 
 def build(plan: Plan, catalogue: Catalogue, trainer: Trainer, level: int) -> Algorithm[Any]:
-    """The algorithm that the plan names, with its hyper-parameters."""
-    k, a = plan.knowledge, plan.algorithm
-    width = trainer.foundation.width
-    rule = Rule(
-        readout=k.readout,
-        lam=k.lam,
-        merge=k.merge,
-        merge_lam=k.merge_lam,
-        half_life=k.half_life,
+    """The algorithm that the plan names, with its hyper-parameters; raises Incompatible."""
+    setting = Setting(
+        plan=plan,
+        catalogue=catalogue,
+        level=level,
+        width=trainer.foundation.width,
+        targets=trainer.targets,
+        scale=trainer.scale,
+        clip=trainer.clip,
     )
-    if a.name == "fedkola":
-        if "analytic" in k.lanes:
-            statistics.check_exact(width=width, features=k.features, bits=k.bits, seed=k.basis_seed)
-        if "lora" in k.lanes and k.slots_max > basis.capacity(trainer.targets, rank=a.rank):
-            raise Incompatible(
-                f"knowledge.slots_max = {k.slots_max} slots of rank {a.rank} do not fit the model, "
-                f"which has room for {basis.capacity(trainer.targets, rank=a.rank)}"
-            )
-        return FedKoLa(
-            lanes=",".join(k.lanes),
-            width=width,
-            features=k.features,
-            bits=k.bits,
-            feature_seed=k.basis_seed,
-            rank=a.rank,
-            scale=trainer.scale,
-            basis_seed=k.basis_seed,
-            merge=k.merge,
-            lora_records=k.lora_records,
-            lora_steps=k.lora_steps,
-            batch=a.batch,
-            lr=a.lr,
-            clip=trainer.clip,
-            fraction=FRACTION,
-            level=level,
-            k_min=k.k_min,
-            label_floor=k.label_floor,
-            public_reference=k.public_reference,
-            slots_max=k.slots_max,
-            lora_floor=k.lora_floor,
-            rule=rule,
-            catalogue=catalogue,
-            targets=trainer.targets,
-        )
-    if a.name == "local":
-        return Local(
-            features=k.features,
-            bits=k.bits,
-            feature_seed=k.basis_seed,
-            rule=rule,
-            catalogue=catalogue,
-        )
-    if a.name == "fedit":
-        return FedIT(epochs=a.epochs, batch=a.batch, lr=a.lr, level=level, exchanges=a.exchanges)
-    return Joint(epochs=a.epochs, batch=a.batch, lr=a.lr, level=level)
+    algorithm: Algorithm[Any] = ALGORITHMS[plan.algorithm.name].of(setting)
+    return algorithm
 
 
 def initial_weights(federation: Federation) -> Weights:
@@ -253,7 +206,7 @@ def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: P
             cpu_seconds=cpu_seconds,
         )
         document, tensors = wire.dump(after)
-        events = algorithm.events(state, after) if isinstance(algorithm, FedKoLa) else ()
+        events = getattr(algorithm, "events", _no_events)(state, after)
         ledger.commit(
             name,
             number,
@@ -357,6 +310,10 @@ def remove(
 
 
 # --- private --------------------------------------------------------------------------------------
+
+
+def _no_events(before: Any, after: Any) -> tuple[Event, ...]:
+    return ()
 
 
 def _subtract(

@@ -313,6 +313,10 @@ class Reader(Protocol):
         """Unit-length embeddings (n, d) under an adapter; with ``gate`` (n, K) under K slots."""
         ...
 
+    def scores(self, weights: Weights, texts: Sequence[str]) -> Tensor:
+        """Class scores (n, rows of head.weight) under one adapter and one head."""
+        ...
+
     def losses(
         self,
         weights: Weights,
@@ -341,7 +345,9 @@ class Algorithm(Protocol[S]):
 
     A method whose state is more than one adapter with one head also has
     ``answer(state, reader, texts, *, site="") -> Tensor (n, len(reader.nodes))``, -inf where it
-    does not know a node, and for a causal model ``losses(state, reader, prompts, texts)``.
+    does not know a node, and for a causal model ``losses(state, reader, prompts, texts)`` as of a
+    reader. With ``personal = True`` every site has a model of its own, which ``site`` names. The
+    constructor ``of(setting)`` takes what it needs from the plan.
     """
 
     needs: ClassVar[Visibility]

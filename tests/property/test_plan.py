@@ -86,6 +86,12 @@ plans = st.builds(
         batch=positive,
         lr=above_zero,
         exchanges=positive,
+        penalty=st.floats(min_value=0, allow_infinity=False),
+        buffer=counts,
+        sample=counts,
+        threshold=st.floats(allow_nan=False, allow_infinity=False),
+        temperature=above_zero,
+        core=positive,
     ),
     knowledge=st.builds(
         Knowledge,

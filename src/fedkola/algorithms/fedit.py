@@ -9,11 +9,12 @@ Use it for knowledge that is alike at all sites and still; it has one adapter fo
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
 from fedkola.algorithms.ask import LOCAL, ask
+from fedkola.algorithms.setting import Setting
 from fedkola.knowledge import journal
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
 from fedkola.wire import mean
@@ -36,6 +37,13 @@ class FedIT:
     lr: float
     level: int
     exchanges: int = field(metadata=LOCAL, default=1)
+
+    @classmethod
+    def of(cls, setting: Setting) -> Self:
+        a = setting.plan.algorithm
+        return cls(
+            epochs=a.epochs, batch=a.batch, lr=a.lr, level=setting.level, exchanges=a.exchanges
+        )
 
     def start(self, weights: Weights) -> State:
         return State(weights=weights)

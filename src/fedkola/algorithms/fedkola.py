@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +27,9 @@ from torch import Tensor
 
 from fedkola import wire
 from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.errors import CohortTooSmall, ForgetIncomplete, KnowledgeError
+from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.setting import rule as planned_rule
+from fedkola.errors import CohortTooSmall, ForgetIncomplete, Incompatible, KnowledgeError
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import basis, forget, journal, router, statistics, views
 from fedkola.knowledge.bank import Bank, Cell, CellKind, KnowledgeCell
@@ -41,6 +43,7 @@ from fedkola.types import (
     Cohort,
     Dataset,
     Event,
+    Reader,
     Scalar,
     Steps,
     Update,
@@ -48,6 +51,7 @@ from fedkola.types import (
     Weights,
 )
 
+FRACTION = 10
 TEMPERATURES = tuple(0.01 * 10 ** (k / 6) for k in range(13))
 UNKNOWN_BINS = 512
 UNKNOWN_RANGE = (-4.0, 12.0)  # of the relative distance, in multiples of the width
@@ -120,6 +124,51 @@ class FedKoLa:
     rule: Rule = field(metadata=LOCAL, default_factory=Rule)
     catalogue: Catalogue | None = field(metadata=LOCAL, default=None)
     targets: Mapping[str, tuple[int, int]] = field(metadata=LOCAL, default_factory=dict)
+    tau_g: float = field(metadata=LOCAL, default=1.0)
+    top_k: int = field(metadata=LOCAL, default=3)
+
+    @classmethod
+    def of(cls, setting: Setting) -> Self:
+        """Raises Incompatible for sums or slots that the model has no room for."""
+        k, a = setting.plan.knowledge, setting.plan.algorithm
+        if "analytic" in k.lanes:
+            statistics.check_exact(
+                width=setting.width, features=k.features, bits=k.bits, seed=k.basis_seed
+            )
+        room = basis.capacity(setting.targets, rank=a.rank)
+        if "lora" in k.lanes and k.slots_max > room:
+            raise Incompatible(
+                f"knowledge.slots_max = {k.slots_max} slots of rank {a.rank} do not fit the model, "
+                f"which has room for {room}"
+            )
+        return cls(
+            lanes=",".join(k.lanes),
+            width=setting.width,
+            features=k.features,
+            bits=k.bits,
+            feature_seed=k.basis_seed,
+            rank=a.rank,
+            scale=setting.scale,
+            basis_seed=k.basis_seed,
+            merge=k.merge,
+            lora_records=k.lora_records,
+            lora_steps=k.lora_steps,
+            batch=a.batch,
+            lr=a.lr,
+            clip=setting.clip,
+            fraction=FRACTION,
+            level=setting.level,
+            k_min=k.k_min,
+            label_floor=k.label_floor,
+            public_reference=k.public_reference,
+            slots_max=k.slots_max,
+            lora_floor=k.lora_floor,
+            rule=planned_rule(setting.plan),
+            catalogue=setting.catalogue,
+            targets=setting.targets,
+            tau_g=k.tau_g,
+            top_k=k.top_k,
+        )
 
     # --- server half ------------------------------------------------------------------------------
 
@@ -282,6 +331,33 @@ class FedKoLa:
             known_at=known_at,
             held=held,
         )
+
+    def answer(
+        self, state: State, reader: Reader, texts: Sequence[str], *, site: str = ""
+    ) -> Tensor:
+        """Scores (n, nodes) of the whole bank; -inf for nodes that no live cell knows."""
+        if not state.bank.cells:
+            return torch.full((len(texts), len(reader.nodes)), float("-inf"))
+        return views.answer(self.view(state), reader.features(texts), reader.nodes, self.level)
+
+    def losses(
+        self, state: State, reader: Reader, prompts: Sequence[str], texts: Sequence[str]
+    ) -> Tensor:
+        """(n, 2) nats and tokens under the bank's modules, weighed for each text by the router.
+
+        The gate sees what is known before the answer; without a router modules weigh the same.
+        """
+        view = self.view(state) if state.bank.cells else None
+        if view is None or not view.adapters:
+            return reader.losses({}, prompts, texts)
+        modules = tuple(view.adapters)
+        gate = torch.full((len(texts), len(modules)), 1 / len(modules))
+        if view.router is not None:
+            z = reader.features(prompts or texts)
+            p = router.posterior(view.router, z, tau=self.tau_g)
+            order = [view.router.modules.index(module) for module in modules]
+            gate = router.gates(p[:, order], top_k=self.top_k)
+        return reader.losses(views.slots(view, modules), prompts, texts, gate=gate)
 
     def events(self, before: State, after: State) -> tuple[Event, ...]:
         """What the ledger records of one round: the difference of two banks, and what waits."""

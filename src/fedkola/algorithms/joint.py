@@ -9,9 +9,10 @@ cohort must be the one site that holds the union; an average over one site is th
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from fedkola.algorithms.ask import ask
+from fedkola.algorithms.setting import Setting
 from fedkola.errors import Incompatible
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
 from fedkola.wire import mean
@@ -31,6 +32,11 @@ class Joint:
     batch: int
     lr: float
     level: int
+
+    @classmethod
+    def of(cls, setting: Setting) -> Self:
+        a = setting.plan.algorithm
+        return cls(epochs=a.epochs, batch=a.batch, lr=a.lr, level=setting.level)
 
     def start(self, weights: Weights) -> State:
         return State(weights=weights)

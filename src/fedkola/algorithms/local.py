@@ -8,13 +8,16 @@ The floor of every table, with the same frozen features and the same read-out as
 and tables count its traffic as zero.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from fedkola.algorithms.ask import LOCAL, ask
+from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.setting import rule as planned_rule
 from fedkola.errors import KnowledgeError
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import statistics, views
@@ -26,6 +29,7 @@ from fedkola.types import (
     Client,
     Clients,
     Cohort,
+    Reader,
     Steps,
     Update,
     Visibility,
@@ -47,11 +51,25 @@ class State:
 @dataclass(frozen=True, kw_only=True)
 class Local:
     needs: ClassVar[Visibility] = Visibility.EACH
+    personal: ClassVar[bool] = True
     features: int
     bits: int
     feature_seed: int
+    level: int = field(metadata=LOCAL, default=0)
     rule: Rule = field(metadata=LOCAL, default_factory=Rule)
     catalogue: Catalogue | None = field(metadata=LOCAL, default=None)
+
+    @classmethod
+    def of(cls, setting: Setting) -> Self:
+        k = setting.plan.knowledge
+        return cls(
+            features=k.features,
+            bits=k.bits,
+            feature_seed=k.basis_seed,
+            level=setting.level,
+            rule=planned_rule(setting.plan),
+            catalogue=setting.catalogue,
+        )
 
     def start(self, weights: Weights) -> State:
         return State()
@@ -68,6 +86,16 @@ class Local:
     def view(self, state: State, site: str) -> View:
         """The model of one site; raises UnknownCell if it holds no records yet."""
         return views.compute(state.sites.get(site, Bank()), self._catalogue(), self.rule, now=0)
+
+    def answer(
+        self, state: State, reader: Reader, texts: Sequence[str], *, site: str = ""
+    ) -> Tensor:
+        """Scores (n, nodes) of one site's model; -inf for nodes it has never seen."""
+        if site not in state.sites or not state.sites[site].cells:
+            return torch.full((len(texts), len(reader.nodes)), float("-inf"))
+        return views.answer(
+            self.view(state, site), reader.features(texts), reader.nodes, self.level
+        )
 
     def steps(self) -> Steps:
         return {"own": self.own}

@@ -4,6 +4,7 @@ A record may be asked once its label has arrived anywhere. Answers compete among
 reported level that have arrived by then, for every method alike.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkola.algorithms.fedkola import FedKoLa
-from fedkola.algorithms.fedkola import State as BankState
-from fedkola.algorithms.local import Local
-from fedkola.algorithms.local import State as LocalState
-from fedkola.errors import KnowledgeError
-from fedkola.knowledge import router, views
-from fedkola.knowledge.views import View
 from fedkola.server import Federation
-from fedkola.training import evaluate
+from fedkola.training.reader import BaseReader
 from fedkola.types import Catalogue, Dataset
 
 
@@ -53,7 +47,8 @@ def arrived(federation: Federation, window: int) -> tuple[str, ...]:
 def accuracy(federation: Federation, state: Any, test: Dataset, *, window: int) -> Accuracy:
     """Top-1 and top-5 of a state on ``test``, which must be askable at ``window``.
 
-    ``local`` states hold one model per site; their accuracies are averaged over sites.
+    Where every site has a model of its own, accuracies are averaged over the sites that are part
+    of the federation in this window.
     """
     return accuracies(federation, state, test, {"all": test}, window=window)["all"]
 
@@ -68,10 +63,10 @@ def accuracies(
 ) -> dict[str, Accuracy]:
     """The accuracy on several parts of one test; every text is scored once."""
     nodes = arrived(federation, window)
-    if isinstance(state, LocalState):
-        models = _local_scores(federation, state, test, nodes)
-    else:
-        models = [scores_of(federation, state, test, nodes)]
+    sites: tuple[str, ...] = ("",)
+    if getattr(federation.algorithm, "personal", False):
+        sites = _members(federation, window)
+    models = [scores_of(federation, state, test, nodes, site=site) for site in sites]
     place = {record: i for i, record in enumerate(test.records)}
     found = {}
     for name, part in parts.items():
@@ -81,95 +76,54 @@ def accuracies(
     return found
 
 
-def scores_of(federation: Federation, state: Any, test: Dataset, nodes: Sequence[str]) -> Tensor:
-    """Scores (n, len(nodes)) of one model; -inf where the model does not know a node."""
-    if isinstance(state, BankState):
-        algorithm = federation.algorithm
-        assert isinstance(algorithm, FedKoLa)
-        if not state.bank.cells:
-            return torch.full((len(test), len(nodes)), float("-inf"))
-        return _view_scores(federation, algorithm.view(state), test, nodes)
-    logits = evaluate.scores(
-        federation.foundation, state.weights, test.texts, scale=federation.trainer.scale
-    )
-    known = federation.stream.catalogue.nodes(federation.level)
-    place = {node: i for i, node in enumerate(known)}
-    return logits[:, [place[node] for node in nodes]]
+def scores_of(
+    federation: Federation, state: Any, test: Dataset, nodes: Sequence[str], *, site: str = ""
+) -> Tensor:
+    """Scores (n, len(nodes)) of one model; -inf where the model does not know a node.
+
+    The algorithm's own ``answer`` if it has one, else one adapter with one head; ``site`` names
+    the model of a method with one for each.
+    """
+    algorithm: Any = federation.algorithm
+    base = reader(federation)
+    if hasattr(algorithm, "answer"):
+        found: Tensor = algorithm.answer(state, base, test.texts, site=site)
+    else:
+        found = base.scores(state.weights, test.texts)
+    place = {node: i for i, node in enumerate(base.nodes)}
+    return found[:, [place[node] for node in nodes]]
 
 
 def perplexity(federation: Federation, state: Any, test: Dataset) -> dict[str, float]:
-    """Loss per token, and its exponential, of a causal language model on texts.
-
-    A bank's LoRA modules are composed per text with the router's gate; without a router every
-    module has the same weight.
-    """
-    foundation, scale = federation.foundation, federation.trainer.scale
-    if not isinstance(state, BankState):
-        found = evaluate.perplexity(foundation, state.weights, test.texts, scale=scale)
-        return _per_token(found)
-    algorithm = federation.algorithm
-    assert isinstance(algorithm, FedKoLa)
-    view = algorithm.view(state) if state.bank.cells else None
-    if view is None or not view.adapters:
-        return _per_token(evaluate.perplexity(foundation, {}, test.texts, scale=scale))
-    modules = tuple(view.adapters)
-    gate = module_gates(federation, view, test, modules)
-    slots = views.slots(view, modules)
-    found = evaluate.perplexity(foundation, slots, test.texts, scale=scale, gate=gate)
-    return _per_token(found)
+    """Loss per token, and its exponential, of a causal language model on texts after prompts."""
+    algorithm: Any = federation.algorithm
+    base = reader(federation)
+    if hasattr(algorithm, "losses"):
+        found: Tensor = algorithm.losses(state, base, test.prompts, test.texts)
+    else:
+        found = base.losses(state.weights, test.prompts, test.texts)
+    nats, tokens = (math.fsum(column) for column in found.T.tolist())
+    loss = nats / max(tokens, 1.0)
+    exponential = float(torch.tensor(loss, dtype=torch.float64).exp())
+    return {"loss": loss, "perplexity": exponential, "tokens": tokens}
 
 
-def module_gates(
-    federation: Federation, view: View, test: Dataset, modules: Sequence[str]
-) -> Tensor:
-    """Weights (n, K) of the modules for each text; rows sum to 1."""
-    knowledge = federation.plan.knowledge
-    if view.router is None:
-        return torch.full((len(test), len(modules)), 1 / len(modules))
-    z = federation.trainer.cache.integers(test.texts)
-    p = router.posterior(view.router, z, tau=knowledge.tau_g)
-    order = [view.router.modules.index(module) for module in modules]
-    return router.gates(p[:, order], top_k=knowledge.top_k)
+def reader(federation: Federation) -> BaseReader:
+    """The federation's frozen base, as states read it when they answer."""
+    catalogue = federation.stream.catalogue
+    return BaseReader(
+        catalogue=catalogue,
+        nodes=catalogue.nodes(federation.level),
+        foundation=federation.foundation,
+        cache=federation.trainer.cache,
+        scale=federation.trainer.scale,
+    )
 
 
 def truth(catalogue: Catalogue, level: int, test: Dataset) -> list[str]:
     """The node of every test record at a level."""
     path = {label.code: label.path[level] for label in catalogue.labels}
     return [path[code] for code in test.labels]
-
-
-# --- private --------------------------------------------------------------------------------------
-
-
-def _view_scores(federation: Federation, view: View, test: Dataset, nodes: Sequence[str]) -> Tensor:
-    if view.head is None:
-        raise KnowledgeError(
-            "this bank has no analytic cells, so it cannot answer with labels; add "
-            '"analytic" to knowledge.lanes'
-        )
-    place = {node: i for i, node in enumerate(view.head.nodes[federation.level])}
-    known = [i for i, node in enumerate(nodes) if node in place]
-    scores = torch.full((len(test), len(nodes)), float("-inf"))
-    columns = [place[nodes[i]] for i in known]
-    z = federation.trainer.cache.integers(test.texts)
-    for start in range(0, len(test), 4096):
-        part = views.scores(view.head, z[start : start + 4096], federation.level)
-        scores[start : start + 4096, known] = part[:, columns]
-    return scores
-
-
-def _local_scores(
-    federation: Federation, state: LocalState, test: Dataset, nodes: Sequence[str]
-) -> list[Tensor]:
-    algorithm = federation.algorithm
-    assert isinstance(algorithm, Local)
-    found = []
-    for site, bank in state.sites.items():
-        if bank.cells:
-            found.append(_view_scores(federation, algorithm.view(state, site), test, nodes))
-        else:
-            found.append(torch.full((len(test), len(nodes)), float("-inf")))
-    return found
 
 
 def measure(
@@ -200,6 +154,9 @@ def measure(
     )
 
 
+# --- private --------------------------------------------------------------------------------------
+
+
 def _average(found: Sequence[Accuracy], nodes: int) -> Accuracy:
     return Accuracy(
         top1=sum(a.top1 for a in found) / len(found),
@@ -209,7 +166,11 @@ def _average(found: Sequence[Accuracy], nodes: int) -> Accuracy:
     )
 
 
-def _per_token(found: Mapping[str, float]) -> dict[str, float]:
-    loss = found["loss"] / max(found["tokens"], 1.0)
-    exponential = float(torch.tensor(loss, dtype=torch.float64).exp())
-    return {"loss": loss, "perplexity": exponential, "tokens": found["tokens"]}
+def _members(federation: Federation, window: int) -> tuple[str, ...]:
+    """Sites that have joined and not left by this window, those that miss a round included."""
+    late, left = federation.plan.scenario.late, federation.plan.scenario.leave
+    return tuple(
+        site
+        for site in federation.stream.sites
+        if late.get(site, 1) <= window <= left.get(site, window)
+    )

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedkola.errors import BasisMismatch, UnknownCell
+from fedkola.errors import BasisMismatch, KnowledgeError, UnknownCell
 from fedkola.knowledge import basis
 from fedkola.knowledge.bank import Bank, Cell, CellKind, select, valid_labels
 from fedkola.knowledge.router import Part, Router
@@ -36,6 +36,8 @@ from fedkola.types import Catalogue, Weights
 CODE = "fedkola/view/1"
 RECENT = 3
 _RECENT: dict[str, "View"] = {}  # A view is a function of its id, so a repeated one is not solved.
+
+CHUNK = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +291,26 @@ def from_tensors(document: Mapping[str, Any], tensors: Weights) -> View:
             for index, module in enumerate(document["adapters"])
         },
     )
+
+
+def answer(view: View, z: Tensor, nodes: Sequence[str], level: int) -> Tensor:
+    """Scores (n, len(nodes)) of integer embeddings; -inf for nodes that the view does not know.
+
+    Raises KnowledgeError for a view without analytic cells.
+    """
+    if view.head is None:
+        raise KnowledgeError(
+            "this bank has no analytic cells, so it cannot answer with labels; add "
+            '"analytic" to knowledge.lanes'
+        )
+    place = {node: i for i, node in enumerate(view.head.nodes[level])}
+    known = [i for i, node in enumerate(nodes) if node in place]
+    columns = [place[nodes[i]] for i in known]
+    found = torch.full((len(z), len(nodes)), float("-inf"))
+    for start in range(0, len(z), CHUNK):
+        part = scores(view.head, z[start : start + CHUNK], level)
+        found[start : start + CHUNK, known] = part[:, columns]
+    return found
 
 
 def save(view: View, folder: Path, provenance: Mapping[str, Any]) -> None:

@@ -155,7 +155,8 @@ def gated(
 
 
 def stacked(weights: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The factors by layer, A and B apart, as ``gated`` takes them."""
+    """The factors by layer, A and B apart and cores in B, as ``gated`` takes them."""
+    weights = folded(weights)
     return (
         {name.removesuffix(A): value for name, value in weights.items() if name.endswith(A)},
         {name.removesuffix(B): value for name, value in weights.items() if name.endswith(B)},

@@ -57,15 +57,22 @@ def scores(
 
 
 def embeddings(
-    foundation: Foundation, weights: Weights, texts: Sequence[str], *, scale: float
+    foundation: Foundation,
+    weights: Weights,
+    texts: Sequence[str],
+    *,
+    scale: float,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Unit-length mean embeddings (n, width) float32 of an encoder under the adapter in
-    ``weights`` (none: the frozen base)."""
+    ``weights`` (none: the frozen base). ``gate`` as for ``losses``."""
 
     def read(states: Tensor) -> Tensor:
         return functional.normalize(states.mean(dim=1), dim=1)
 
-    return _by_text(foundation, weights, texts, read, scale=scale, width=foundation.width)
+    return _by_text(
+        foundation, weights, texts, read, scale=scale, width=foundation.width, gate=gate
+    )
 
 
 def perplexity(
@@ -132,18 +139,33 @@ def _predicted(
                 [math.fsum(each_nats), len(each_nats), int(each_right.sum())], dtype=torch.float64
             )
 
+    _run(foundation, weights, ids, score, scale=scale, gate=gate)
+    return out
+
+
+def _run(
+    foundation: Foundation,
+    weights: Weights,
+    ids: Sequence[Sequence[int]],
+    score: Callable[[nn.Module, list[int]], None],
+    *,
+    scale: float,
+    gate: Tensor | None,
+) -> None:
+    """``score`` on every pass of equal lengths, under the adapter or under gated slots."""
     passes = equal_lengths(ids, ROWS)
     if gate is None:
         with adapted(foundation, weights, scale=scale) as base, side_by_side() as each:
             each(lambda rows: score(base, rows), passes)
-        return out
+        return
     a_cat, b_cat = stacked(weights)
     # One gate at a time hangs on the model, so these passes run in turn.
     for rows in passes:
         own = gate[[*rows, *[rows[-1]] * (ROWS - len(rows))]]
-        with gated(foundation, a_cat, b_cat, scale=scale, slots=gate.shape[1], gate=own) as model:
+        with gated(
+            foundation, a_cat, b_cat, scale=scale, slots=gate.shape[1], gate=own, shift=weights
+        ) as model:
             score(model, rows)
-    return out
 
 
 def _by_text(
@@ -154,16 +176,16 @@ def _by_text(
     *,
     scale: float,
     width: int,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """What ``read`` makes of each text's hidden states, a row (width,) per text."""
     ids = encode(foundation, texts)
     out = torch.zeros(len(ids), width)
 
-    def run(rows: list[int]) -> None:
+    def score(model: nn.Module, rows: list[int]) -> None:
         with torch.inference_mode():
             states = model(input_ids=filled(ids, rows, ROWS)).last_hidden_state
             out[rows] = read(states)[: len(rows)]
 
-    with adapted(foundation, weights, scale=scale) as model, side_by_side() as each:
-        each(run, equal_lengths(ids, ROWS))
+    _run(foundation, weights, ids, score, scale=scale, gate=gate)
     return out

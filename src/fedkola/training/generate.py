@@ -53,7 +53,7 @@ def generate(
         for rows in passes:
             own = gate[[*rows, *[rows[-1]] * (ROWS - len(rows))]]
             with gated(
-                foundation, a_cat, b_cat, scale=scale, slots=gate.shape[1], gate=own
+                foundation, a_cat, b_cat, scale=scale, slots=gate.shape[1], gate=own, shift=weights
             ) as model:
                 answer(model, rows)
     tokenizer: Any = foundation.tokenizer

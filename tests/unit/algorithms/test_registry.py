@@ -34,6 +34,8 @@ def test_what_the_server_keeps_to_itself_is_never_broadcast():
         "rule",
         "catalogue",
         "targets",
+        "tau_g",
+        "top_k",
     }
     names = {f for f, about in FedKoLa.__dataclass_fields__.items() if about.metadata}
     assert names == local
