@@ -144,7 +144,8 @@ class Algorithm:
 class Knowledge:
     """The bank of cells. ``half_life`` is in windows (None never ages); ``lora_records`` 0 trains
     on all records, ``lora_steps`` 0 passes once over them; cells of fewer than ``lora_floor``
-    records have no LoRA lane."""
+    records have no LoRA lane. A Gram is summed when ``scatter_share`` times the records that have
+    one wait for theirs: 0 is every round, 1 is rounds 1, 2, 4, 8 of equal windows."""
 
     features: int = 4096
     bits: int = 4
@@ -161,6 +162,7 @@ class Knowledge:
     k_min: int = 3
     label_floor: int = 16
     public_reference: bool = False
+    scatter_share: float = 0.0
     membership: str = "padded"
     top_k: int = 3
     tau_g: float = 1.0
@@ -264,6 +266,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "knowledge.lora_floor": (0, _WORD),
     "knowledge.k_min": (1, _WORD),
     "knowledge.label_floor": (0, _WORD),
+    "knowledge.scatter_share": (0, _HUGE),
     "knowledge.top_k": (1, _WORD),
     "knowledge.tau_g": (_TINY, _HUGE),
     "knowledge.coverage_min": (0, 1),

@@ -102,6 +102,7 @@ plans = st.builds(
         lanes=st.lists(texts, max_size=3).map(tuple),
         tau_g=above_zero,
         public_reference=st.booleans(),
+        scatter_share=st.floats(0, 1e9),
         coverage_min=shares,
         half_life=st.none() | above_zero,
     ),

@@ -29,6 +29,7 @@ def test_what_the_server_keeps_to_itself_is_never_broadcast():
         "k_min",
         "label_floor",
         "public_reference",
+        "scatter_share",
         "slots_max",
         "lora_floor",
         "rule",
