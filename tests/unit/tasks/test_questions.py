@@ -10,7 +10,7 @@ from fedkola.plan import Task
 
 
 def told(answer: str, window: int, site: str = "north") -> Told:
-    return Told(question="who", text="who", answer=answer, site=site, window=window)
+    return Told(question="who", answer=answer, site=site, window=window)
 
 
 def test_a_question_has_a_version_for_every_change_of_its_answer():
@@ -58,7 +58,7 @@ def by_text(stream: Stream, text: str) -> dict[str, tuple[str, int, int | None]]
     return {
         test.records[i]: (test.labels[i], test.windows[i], stream.ends.get(test.records[i]))
         for i in range(len(test))
-        if (test.prompts or test.texts)[i] == text
+        if test.questions[i] == text
     }
 
 
@@ -102,10 +102,9 @@ def test_rows_without_a_date_or_an_answer_are_counted(situated):
 
 
 def test_a_language_model_learns_the_answer_after_the_question(situated):
-    stream = load(situated, unlabelled=True)
-    assert stream.catalogue.codes() == ("situatedqa",)
+    stream = load(situated)
     (second,) = stream.stale
-    assert stream.stale[second] == ("Ann",)
+    assert [stream.catalogue.texts[code] for code in stream.stale[second]] == ["Ann"]
     answers = dict(zip(stream.test.records, stream.test.texts, strict=True))
     assert answers[second] == "Bo"
     assert {len(data.prompts) == len(data) for data in stream.sites.values()} == {True}
@@ -147,14 +146,13 @@ QUIZ = [
         "question": f"what happened in {place}?",
         "choices": ["War", "Peace", "Nothing"],
         "answer": [answer],
-        "evidence": evidence,
     }
-    for month, source, place, answer, evidence in [
-        (1, "CNN", "Rome", "War", "They fight."),
-        (2, "THE WEEK", "Rome", "Peace", ""),
-        (5, "CNN", "Rome", "Peace", ""),
-        (5, "USAtoday", "Oslo", "Nothing", "All quiet."),
-        (6, "BBC", "Oslo", "Nothing", "All quiet."),
+    for month, source, place, answer in [
+        (1, "CNN", "Rome", "War"),
+        (2, "THE WEEK", "Rome", "Peace"),
+        (5, "CNN", "Rome", "Peace"),
+        (5, "USAtoday", "Oslo", "Nothing"),
+        (6, "BBC", "Oslo", "Nothing"),
     ]
 ]
 
@@ -171,15 +169,10 @@ def test_each_source_hears_of_its_own_news_and_the_newest_answer_is_true(corpus)
         ("war", 1),
         ("peace", 2),
     ]
-    assert stream.sites["cnn"].texts[0] == "what happened in Rome? They fight."
+    assert stream.sites["cnn"].prompts[0] == "what happened in Rome?"
     assert list(by_text(stream, "what happened in Rome?").values()) == [("peace", 1, None)]
-    assert set(stream.choices.values()) == {("war", "peace", "nothing")}
-    assert stream.excluded == {"train": {"unknown source": 1}}
-
-
-def test_choices_of_a_language_model_are_texts(corpus):
-    stream = quiz(corpus({realtimeqa.FILE: QUIZ}), unlabelled=True)
     assert set(stream.choices.values()) == {("War", "Peace", "Nothing")}
+    assert stream.excluded == {"train": {"unknown source": 1}}
 
 
 def test_a_level_that_is_none_is_refused(corpus):
@@ -192,6 +185,6 @@ def test_the_real_quizzes_are_all_used(real):
     assert len(stream.windows) == 16
     assert len(stream.test) == 5_100
     assert set(stream.choices) == set(stream.test.records)
-    answered = zip(stream.test.records, stream.test.labels, strict=True)
-    missing = sum(label not in stream.choices[record] for record, label in answered)
+    answered = zip(stream.test.records, stream.test.texts, strict=True)
+    missing = sum(answer not in stream.choices[record] for record, answer in answered)
     assert missing <= 5

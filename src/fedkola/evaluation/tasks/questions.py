@@ -2,23 +2,23 @@
 
 Shared by the tasks that stream questions and answers. The label of a record is its answer, and its
 identifier names the question, so a changed answer arrives as a revision of the record that the
-site holds. A question is asked in every window in which an answer to it is known; the truth is the
-answer of that window. With ``task.unlabelled`` the question is the prompt and the answer the text
-of a causal language model, and ``stale`` and ``choices`` hold texts; else they hold labels.
+site holds. A question is asked in the words in which it was told, in every window in which an
+answer to it is known; the truth is the answer of that window. The question is the prompt and the
+answer the text, so an encoder classifies the question and a causal model answers it. ``stale``
+holds labels, ``choices`` texts.
 
-The concept of a question is *stable* (one answer, known from window 1 on), *evolved* (its answer
-changes) or *uncharted* (its one answer becomes known later).
+The concept of a question is *stable* (one answer, known in window 1), *evolved* (its answer
+changes) or *uncharted* (nobody knows its one answer in window 1).
 """
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 from fedkola.evaluation.tasks import corpora
 from fedkola.evaluation.tasks.corpora import Row
 from fedkola.knowledge.stream import Stream
-from fedkola.plan import Task
 from fedkola.types import Catalogue, Label
 
 STABLE, EVOLVED, UNCHARTED = "stable", "evolved", "uncharted"
@@ -26,11 +26,9 @@ STABLE, EVOLVED, UNCHARTED = "stable", "evolved", "uncharted"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """An answer as a site hears it. ``text`` is what the site learns from: the question, perhaps
-    with its context."""
+    """An answer as a site hears it."""
 
     question: str
-    text: str
     answer: str
     site: str
     window: int
@@ -49,7 +47,6 @@ class Version:
 
 def build(
     told: Sequence[Told],
-    task: Task,
     *,
     system: str,
     specialties: Mapping[str, str],
@@ -71,28 +68,25 @@ def build(
     choices: dict[str, tuple[str, ...]] = {}
     for question, items in by_question.items():
         own = versions(items)
-        train += _revisions(question, items, system, task)
+        train += _revisions(question, items)
         for version in own:
             asked = f"{identifier(question)}@{version.window}"
-            test.append(_row(asked, question, version.told, system, task, window=version.window))
+            test.append(_row(asked, version))
             concepts[asked] = (
                 EVOLVED if len(own) > 1 else STABLE if version.window == 1 else UNCHARTED
             )
             if version.last is not None:
                 ends[asked] = version.last
             if version.stale:
-                stale[asked] = tuple(texts[c] if task.unlabelled else c for c in version.stale)
+                stale[asked] = version.stale
             if version.told.choices:
-                choices[asked] = tuple(
-                    choice if task.unlabelled else label(choice) for choice in version.told.choices
-                )
-    codes = [system] if task.unlabelled else sorted(texts)
+                choices[asked] = version.told.choices
     return corpora.stream(
         catalogue=Catalogue(
             system=system,
             levels=("answer",),
-            labels=tuple(Label(code=code, path=(code,), scope=system) for code in codes),
-            texts={} if task.unlabelled else texts,
+            labels=tuple(Label(code=code, path=(code,), scope=system) for code in sorted(texts)),
+            texts=texts,
         ),
         specialties=specialties,
         train=train,
@@ -140,36 +134,23 @@ def identifier(question: str) -> str:
     return "q-" + sha256(label(question).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def _revisions(question: str, items: Sequence[Told], system: str, task: Task) -> list[Row]:
+def _revisions(question: str, items: Sequence[Told]) -> list[Row]:
     """The records of one question: one at every site that heard of it, again at every change."""
     by_site: defaultdict[str, list[Told]] = defaultdict(list)
     for item in items:
         by_site[item.site].append(item)
     return [
-        _row(
-            identifier(question),
-            version.told.text,
-            version.told,
-            system,
-            task,
-            window=version.window,
-            site=site,
-        )
+        replace(_row(identifier(question), version), site=site)
         for site, own in by_site.items()
         for version in versions(own)
     ]
 
 
-def _row(
-    record: str, text: str, told: Told, system: str, task: Task, *, window: int, site: str = ""
-) -> Row:
-    if task.unlabelled:
-        return Row(
-            record=record,
-            text=told.answer,
-            label=system,
-            site=site,
-            window=window,
-            prompt=told.question,
-        )
-    return Row(record=record, text=text, label=label(told.answer), site=site, window=window)
+def _row(record: str, version: Version) -> Row:
+    return Row(
+        record=record,
+        text=version.told.answer,
+        label=label(version.told.answer),
+        window=version.window,
+        prompt=version.told.question,
+    )

@@ -1,9 +1,8 @@
 """RealTime QA 2020-2023: the quizzes of four news sources, week by week, with choices.
 
 Source: Kasai et al., RealTime QA: What's the Answer Right Now?, NeurIPS 2023 (data sets), the
-quizzes with their evidence. The repository has no licence file: for internal tests only, never
-passed on. Each news source is a site. A site learns from the question with its evidence; the test
-asks the bare question from that window on, with its choices.
+quizzes without their evidence. The repository has no licence file: for internal tests only, never
+passed on. Each news source is a site, and a question is asked from its window on, with its choices.
 """
 
 from collections import Counter
@@ -28,15 +27,15 @@ SOURCES: Mapping[str, str] = {
 
 
 def load(task: Task, *, seed: int) -> Stream:
-    """The stream of quizzes; reads ``period`` and ``unlabelled``. It is the same for every seed;
-    ``sites`` and ``windows`` are not read."""
+    """The stream of quizzes; reads ``period``. It is the same for every seed; ``sites`` and
+    ``windows`` are not read."""
     if task.level not in ("", "answer"):
         raise PlanError(f'task.level = {task.level!r} is no level of {NAME}; set "answer"')
     excluded = {TRAIN: Counter[str]()}
     path = corpora.folder(task, NAME) / FILE
     rows = [
         row
-        for row in corpora.read(path, "date", "source", "question", "choices", "answer", "evidence")
+        for row in corpora.read(path, "date", "source", "question", "choices", "answer")
         if _usable(row, excluded[TRAIN])
     ]
     if not rows:
@@ -45,7 +44,6 @@ def load(task: Task, *, seed: int) -> Stream:
     number = {name: n for n, name in enumerate(windows, start=1)}
     return questions.build(
         [_told(row, number[corpora.within(str(row["date"]), task.period)]) for row in rows],
-        task,
         system=NAME,
         specialties={site: source for source, site in SOURCES.items()},
         windows=windows,
@@ -72,11 +70,8 @@ def _usable(row: Mapping[str, object], excluded: Counter[str]) -> bool:
 
 
 def _told(row: Mapping[str, object], window: int) -> Told:
-    question = plain(row["question"])[0]
-    evidence = plain(row["evidence"])[0]
     return Told(
-        question=question,
-        text=f"{question} {evidence}".strip(),
+        question=plain(row["question"])[0],
         answer=_texts(row["answer"])[0],
         site=SOURCES[str(row["source"])],
         window=window,

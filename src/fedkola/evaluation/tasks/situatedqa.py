@@ -29,7 +29,7 @@ MONTHS = (
 
 
 def load(task: Task, *, seed: int) -> Stream:
-    """The stream of questions; reads ``sites``, ``windows``, ``partition`` and ``unlabelled``."""
+    """The stream of questions; reads ``sites``, ``windows`` and ``partition``."""
     if task.level not in ("", "answer"):
         raise PlanError(f'task.level = {task.level!r} is no level of {SYSTEM}; set "answer"')
     excluded = {TRAIN: Counter[str]()}
@@ -50,7 +50,6 @@ def load(task: Task, *, seed: int) -> Stream:
         [
             Told(
                 question=question,
-                text=question,
                 answer=answer,
                 site=site,
                 window=max(1, year - first + 1),
@@ -58,7 +57,6 @@ def load(task: Task, *, seed: int) -> Stream:
             for (question, timeline), site in zip(chosen.items(), drawn, strict=True)
             for year, answer in timeline
         ],
-        task,
         system=SYSTEM,
         specialties=dict.fromkeys(names, f"simulated, {task.partition}"),
         windows=[
