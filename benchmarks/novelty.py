@@ -88,7 +88,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         "# Novelty, conflict and discovery from summed statistics",
         "",
-        "## Windows of ICD-10-CM chapters",
+        "### Windows of ICD-10-CM chapters",
         "",
         "22 chapters; statistics from one half of the records, windows from the other, contiguous",
         "ranges of codes. False: a window of a known chapter is called new. Missed: a window is",
@@ -111,7 +111,7 @@ def table(found: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "## Labels that changed",
+        "### Labels that changed",
         "",
         "Blocks permuted within their chapter (all of them, or every second record's), against the",
         "share of right answers in the chapter's other windows.",
@@ -140,7 +140,7 @@ def table(found: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        "## Discovery of CLINC150 domains",
+        "### Discovery of CLINC150 domains",
         "",
         "Twelve sites, windows of 300 records, nobody names a domain; mean over seeds "
         f"{list(SEEDS)}. Delay: rounds from arrival to the first window in a module.",
