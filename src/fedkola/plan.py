@@ -123,7 +123,8 @@ class Algorithm:
     """``exchanges`` counts the training exchanges per round of iterated methods. Baselines read
     the last ones, each its own: the weight of a penalty, the records a site keeps for replay (0
     keeps none), the records it draws for an estimate (0 draws all), a threshold between tasks or
-    modules, the temperature of a gate, the size of a core between pinned factors."""
+    modules, the temperature of a gate, the size of a core between pinned factors, the noise of a
+    marker."""
 
     name: str = "fedkola"
     rank: int = 8
@@ -138,6 +139,7 @@ class Algorithm:
     threshold: float = 0.9
     temperature: float = 0.05
     core: int = 32
+    noise: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +257,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "algorithm.threshold": (-_HUGE, _HUGE),
     "algorithm.temperature": (_TINY, _HUGE),
     "algorithm.core": (1, _WORD),
+    "algorithm.noise": (0, _HUGE),
     "knowledge.features": (1, _WORD),
     "knowledge.bits": (1, 12),
     "knowledge.lam": (_TINY, _HUGE),

@@ -92,6 +92,7 @@ plans = st.builds(
         threshold=st.floats(allow_nan=False, allow_infinity=False),
         temperature=above_zero,
         core=positive,
+        noise=st.floats(min_value=0, allow_infinity=False),
     ),
     knowledge=st.builds(
         Knowledge,
