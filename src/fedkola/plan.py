@@ -123,7 +123,8 @@ class Algorithm:
     """``exchanges`` counts the training exchanges per round of iterated methods. Baselines read
     the last ones, each its own: the weight of a penalty, the records a site keeps for replay (0
     keeps none), the records it draws for an estimate (0 draws all), a threshold between tasks or
-    modules, the temperature of a gate, the size of a core between pinned factors."""
+    modules, the temperature of a gate, the size of a core between pinned factors, the noise of a
+    marker."""
 
     name: str = "fedkola"
     rank: int = 8
@@ -138,13 +139,15 @@ class Algorithm:
     threshold: float = 0.9
     temperature: float = 0.05
     core: int = 32
+    noise: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knowledge:
     """The bank of cells. ``half_life`` is in windows (None never ages); ``lora_records`` 0 trains
     on all records, ``lora_steps`` 0 passes once over them; cells of fewer than ``lora_floor``
-    records have no LoRA lane."""
+    records have no LoRA lane. A Gram is summed when ``scatter_share`` times the records that have
+    one wait for theirs: 0 is every round, 1 is rounds 1, 2, 4, 8 of equal windows."""
 
     features: int = 4096
     bits: int = 4
@@ -161,6 +164,7 @@ class Knowledge:
     k_min: int = 3
     label_floor: int = 16
     public_reference: bool = False
+    scatter_share: float = 0.0
     membership: str = "padded"
     top_k: int = 3
     tau_g: float = 1.0
@@ -253,6 +257,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "algorithm.threshold": (-_HUGE, _HUGE),
     "algorithm.temperature": (_TINY, _HUGE),
     "algorithm.core": (1, _WORD),
+    "algorithm.noise": (0, _HUGE),
     "knowledge.features": (1, _WORD),
     "knowledge.bits": (1, 12),
     "knowledge.lam": (_TINY, _HUGE),
@@ -264,6 +269,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "knowledge.lora_floor": (0, _WORD),
     "knowledge.k_min": (1, _WORD),
     "knowledge.label_floor": (0, _WORD),
+    "knowledge.scatter_share": (0, _HUGE),
     "knowledge.top_k": (1, _WORD),
     "knowledge.tau_g": (_TINY, _HUGE),
     "knowledge.coverage_min": (0, 1),

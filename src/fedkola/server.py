@@ -30,6 +30,7 @@ from fedkola.errors import (
     UnknownName,
 )
 from fedkola.knowledge import availability, forget
+from fedkola.knowledge import bank as banks
 from fedkola.knowledge.availability import Pattern
 from fedkola.knowledge.forget import CellOutcome, ForgetReceipt, Request
 from fedkola.knowledge.stream import Stream
@@ -327,13 +328,12 @@ def _subtract(
     began = time.perf_counter()
     clients = federation.clients
     concerned = federation.sites[request.site].post(request)
-    cells = [
-        cell
+    names = [
+        cell.about.id
         for cell in state.bank.cells
-        if (cell.about.round, cell.about.module.rsplit("@", 1)[0]) in concerned
+        if (cell.about.round, banks.scope(cell.about)) in concerned
         and request.site in cell.about.cohort
     ]
-    names = [cell.about.id for cell in cells]
     there = availability.cohort(
         clients.roster(),
         size=0,
@@ -344,9 +344,13 @@ def _subtract(
     )
     roster = tuple(name for name in clients.roster() if name in there or name == request.site)
     staying = roster if request.kind != "site" else _without(roster, request.site)
-    after, before, records = algorithm.remove(state, names, request.id, roster, clients)
+    leaver = request.site if request.kind == "site" else ""
+    after, before, records = algorithm.remove(
+        state, names, request.id, roster, clients, leaver=leaver
+    )
     same = None
     if recount:
+        names = [cell.about.id for cell in before]
         same = algorithm.recount(after, names, request.id, staying, clients)
     after = algorithm.calibrate(after, staying, clients)
     live = {cell.about.id: cell.about.words for cell in after.bank.cells}

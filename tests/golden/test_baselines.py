@@ -155,7 +155,9 @@ def test_local_keeps_a_model_per_site_and_asks_for_no_sum(tmp_path: Path):
     assert set(own) == {"A", "C"}
     assert own["A"].about.labels == ("a", "b")
     assert own["A"].total.words["sums"].tolist() == [[0, 0, 2], [4, 0, 0]]
-    assert own["A"].total.words["gram"].tolist() == [8, 0, 0, 0, 0, 4]
+    scatter = state.sites["A"].cells[1]
+    assert scatter.about.covers == (own["A"].about.id,)
+    assert scatter.total.words["gram"].tolist() == [8, 0, 0, 0, 0, 4]
     assert own["C"].about.labels == ("a",)
     assert own["C"].total.words["counts"].tolist() == [5]
     assert local().view(state, "A").head is not None

@@ -86,7 +86,8 @@ def lists(cell: Cell, names: Sequence[str]) -> list[object]:
     return [cell.total.words[name].tolist() for name in names]
 
 
-NAMES = ("gram", "sums", "counts", "weight", "metric/contributors")
+ROW_SUMS = ("sums", "counts", "weight", "metric/contributors")
+GRAM = ("gram", "weight", "metric/contributors")
 
 
 def test_the_sign_matrix_is_the_one_this_page_was_worked_with():
@@ -107,19 +108,22 @@ def test_the_vote_counts_holders_and_records_by_scope_and_label(tmp_path: Path):
 def test_a_round_fills_what_two_sites_hold_and_parks_what_one_holds(tmp_path: Path):
     clients = Watched(joined(sites(tmp_path)))
     state = algorithm().round(1, State(), COHORT, clients)
-    assert clients.asked == [("sum", step, COHORT) for step in ("vote", "fill", "fill", "publish")]
+    steps = ("vote", "fill", "fill", "fill", "publish")
+    assert clients.asked == [("sum", step, COHORT) for step in steps]
     assert state.parked == {"t": 1}
-    analytic, router = state.bank.cells
+    analytic, router, scatter = state.bank.cells
     assert (analytic.about.module, analytic.about.labels) == ("s@1", ("a", "b"))
-    assert lists(analytic, NAMES) == [[25, 10, 0, 54, 0, 18], [[5, 2, 6], [0, 10, 0]], [3, 2], 5, 3]
-    assert lists(router, NAMES) == [
+    assert lists(analytic, ROW_SUMS) == [[[5, 2, 6], [0, 10, 0]], [3, 2], 5, 3]
+    assert (scatter.about.module, scatter.about.covers) == ("scatter", (analytic.about.id,))
+    assert lists(scatter, GRAM) == [[25, 10, 0, 54, 0, 18], 5, 3]
+    assert lists(router, ("gram", *ROW_SUMS)) == [
         [1_900_000, -240_000, 1_570_000],
         [[-400, 700], [-1200, 1400]],
         [3, 2],
         5,
         3,
     ]
-    assert {analytic.about.records, router.about.records} == {5}
+    assert {cell.about.records for cell in state.bank.cells} == {5}
     events = algorithm().events(State(), state)
     assert [(event["kind"], event["subject"]) for event in events] == [
         ("OPEN", "s@1"),
@@ -127,6 +131,7 @@ def test_a_round_fills_what_two_sites_hold_and_parks_what_one_holds(tmp_path: Pa
         ("LABEL", "b"),
         ("SEAL", analytic.about.id),
         ("SEAL", router.about.id),
+        ("SEAL", scatter.about.id),
         ("PARK", "t"),
     ]
     assert events[-1]["body"] == {"records": 1}
@@ -156,11 +161,15 @@ def test_removing_a_site_leaves_the_sums_of_the_other_two(tmp_path: Path):
     state = algorithm().round(1, State(), COHORT, clients)
     request = Request(kind="site", site="C")
     forget.post(members[2].store, request)
-    names = [cell.about.id for cell in state.bank.cells]
-    after, before, records = algorithm().remove(state, names, request.id, COHORT, clients)
-    analytic, router = after.bank.cells
-    assert lists(analytic, NAMES) == [[0, 0, 0, 25, 0, 18], [[0, 0, 6], [0, 5, 0]], [2, 1], 3, 2]
-    assert lists(router, NAMES) == [
+    names = [cell.about.id for cell in state.bank.cells[:2]]
+    after, before, records = algorithm().remove(
+        state, names, request.id, COHORT, clients, leaver="C"
+    )
+    analytic, router, scatter = after.bank.cells
+    assert lists(analytic, ROW_SUMS) == [[[0, 0, 6], [0, 5, 0]], [2, 1], 3, 2]
+    assert lists(scatter, GRAM) == [[0, 0, 0, 25, 0, 18], 3, 2]
+    assert {cell.about.cohort for cell in after.bank.cells} == {("A", "B")}
+    assert lists(router, ("gram", *ROW_SUMS)) == [
         [540_000, -120_000, 990_000],
         [[600, 1000], [-600, 700]],
         [2, 1],
@@ -170,7 +179,8 @@ def test_removing_a_site_leaves_the_sums_of_the_other_two(tmp_path: Path):
     assert records == 2
     assert before == state.bank.cells
     kinds = [event["kind"] for event in algorithm().events(state, after)]
-    assert kinds == ["WITHDRAW", "WITHDRAW"]
+    assert kinds == ["WITHDRAW", "WITHDRAW", "WITHDRAW"]
+    names = [cell.about.id for cell in before]
     assert algorithm().recount(after, names, request.id, ("A", "B"), clients)
     assert not algorithm().recount(state, names, request.id, ("A", "B"), clients)
 
@@ -185,10 +195,11 @@ def test_what_was_parked_opens_as_soon_as_a_second_site_holds_it(tmp_path: Path)
     both = {name: getattr(whole, name) + getattr(late, name) for name in columns}
     members[0].data = type(whole)(**both)
     state = algorithm().round(2, state, COHORT, clients)
-    analytic = state.bank.cells[2]
+    analytic, scatter = state.bank.cells[3], state.bank.cells[5]
     assert (analytic.about.module, analytic.about.round) == ("t@1", 2)
     # B's t2 of round 1, (0, 5, 0), and A's new t3, (5, 2, 0).
-    assert lists(analytic, NAMES) == [[25, 10, 0, 29, 0, 0], [[5, 7, 0]], [2], 2, 2]
+    assert lists(analytic, ROW_SUMS) == [[[5, 7, 0]], [2], 2, 2]
+    assert lists(scatter, GRAM) == [[25, 10, 0, 29, 0, 0], 2, 2]
     assert state.parked == {}
 
 
@@ -212,7 +223,7 @@ def test_a_lora_cell_by_hand(tmp_path: Path):
 
     request = Request(kind="site", site="B")
     forget.post(members[1].store, request)
-    names_of_cells = [held.about.id for held in state.bank.cells]
+    names_of_cells = [held.about.id for held in state.bank.cells[:2]]
     after, _, records = method.remove(state, names_of_cells, request.id, COHORT, clients)
     # Without B: S = 5 (1, 0, -1), Gamma = 2.
     assert lists(after.bank.cells[1], names) == [[[20], [0], [-20]], [[8]], 4, 2]

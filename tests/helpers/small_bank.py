@@ -38,9 +38,11 @@ def total(
 ) -> Aggregate:
     """The integer sum of a cell over these records."""
     rows = torch.tensor([labels.index(code) for code in codes], dtype=torch.int64)
+    recipe = {"features": 16, "bits": 4, "seed": 0}
     if kind is CellKind.ANALYTIC:
-        recipe = {"features": 16, "bits": 4, "seed": 0}
-        words = statistics.analytic(z, rows, num_rows=len(labels), **recipe)
+        words = statistics.by_label(z, rows, num_rows=len(labels), **recipe)
+    elif kind is CellKind.SCATTER:
+        words = statistics.scatter(z, **recipe)
     else:
         words = statistics.router(z, rows, num_rows=len(labels))
     words["weight"] = torch.tensor(len(codes))
@@ -49,15 +51,21 @@ def total(
 
 
 def about(
-    kind: CellKind, module: str, round: int, labels: Sequence[str], *, records: int
+    kind: CellKind,
+    module: str,
+    round: int,
+    labels: Sequence[str],
+    *,
+    records: int,
+    covers: tuple[str, ...] = (),
 ) -> KnowledgeCell:
-    recipe = RECIPE if kind is CellKind.ANALYTIC else {}
+    recipe = {} if kind is CellKind.ROUTER else RECIPE
     return KnowledgeCell(
         id=banks.cell_id(module=module, kind=kind, round=round, slot=None, recipe=recipe),
         module=module,
         kind=kind,
         round=round,
-        valid=(float(round), None),
+        valid=(0.0 if kind is CellKind.SCATTER else float(round), None),
         slot=None,
         recipe=recipe,
         labels=tuple(labels),
@@ -65,7 +73,15 @@ def about(
         contributors=3,
         records=records,
         words="",
+        covers=covers,
     )
+
+
+def pooled(bank: Bank, round: int, z: Tensor, cells: Sequence[str]) -> Bank:
+    """The bank with a scatter cell over the records ``z`` of these analytic cells."""
+    cell = about(CellKind.SCATTER, banks.POOL, round, (), records=len(z), covers=tuple(cells))
+    labels = ["any"] * len(z)
+    return banks.seal(bank, cell, total(CellKind.SCATTER, ["any"], labels, z))
 
 
 def sealed(
@@ -78,12 +94,16 @@ def sealed(
     kinds: Sequence[CellKind] = (CellKind.ANALYTIC, CellKind.ROUTER),
     seed: int = 0,
 ) -> Bank:
-    """The bank with one more window of a scope, an analytic and a router cell."""
+    """The bank with one more window of a scope, an analytic and a router cell; with a scatter cell
+    over that window if asked for."""
     bank = banks.open_modules(bank, [scope], round=round, slots_max=99)
     module = banks.module_of(bank, scope)
     assert module is not None
     z = embeddings(codes, seed=seed)
     for kind in kinds:
-        cell = about(kind, module.id, round, labels, records=len(codes))
-        bank = banks.seal(bank, cell, total(kind, labels, codes, z))
+        if kind is CellKind.SCATTER:
+            bank = pooled(bank, round, z, [cell.about.id for cell in banks.uncovered(bank)])
+        else:
+            cell = about(kind, module.id, round, labels, records=len(codes))
+            bank = banks.seal(bank, cell, total(kind, labels, codes, z))
     return bank

@@ -42,6 +42,8 @@ class TableClient:
     targets: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     trained: Callable[["TableClient", Weights], Weights] | None = None
     gram: Mapping[str, Tensor] = field(default_factory=dict)
+    grammed: Callable[["TableClient", Dataset, Weights], Weights] | None = None
+    judged: Callable[["TableClient", Dataset, Weights], float] | None = None
 
     @property
     def knowledge(self) -> Records:
@@ -52,7 +54,9 @@ class TableClient:
         return self.trained(self, weights) if len(data) else weights
 
     def grams(self, weights: Weights, data: Dataset, *, pinned: Weights) -> Weights:
-        return self.gram
+        if self.grammed is None:
+            return self.gram
+        return self.grammed(self, data, {**weights, **pinned})
 
     def features(self, data: Dataset) -> Tensor:
         width = len(next(iter(self.table.values())))
@@ -62,7 +66,8 @@ class TableClient:
     def evaluate(
         self, weights: Weights, data: Dataset, *, classes: Sequence[str] = ()
     ) -> Mapping[str, float]:
-        return {"count": float(len(data))}
+        loss = self.judged(self, data, weights) if self.judged else 0.0
+        return {"loss": loss * len(data), "count": float(len(data))}
 
     def answer(self, message: bytes) -> bytes:
         asked = wire.unpack_broadcast(message)

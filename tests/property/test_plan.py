@@ -92,6 +92,7 @@ plans = st.builds(
         threshold=st.floats(allow_nan=False, allow_infinity=False),
         temperature=above_zero,
         core=positive,
+        noise=st.floats(min_value=0, allow_infinity=False),
     ),
     knowledge=st.builds(
         Knowledge,
@@ -102,6 +103,7 @@ plans = st.builds(
         lanes=st.lists(texts, max_size=3).map(tuple),
         tau_g=above_zero,
         public_reference=st.booleans(),
+        scatter_share=st.floats(0, 1e9),
         coverage_min=shares,
         half_life=st.none() | above_zero,
     ),

@@ -3,10 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fedkola.algorithms.afcl import AFCL
+from fedkola.algorithms.disco import DISCO
+from fedkola.algorithms.feddrift import FedDrift
 from fedkola.algorithms.fedit import FedIT
 from fedkola.algorithms.fedkola import FedKoLa
+from fedkola.algorithms.fot import FOT
+from fedkola.algorithms.hpfl import HPFL
 from fedkola.algorithms.joint import Joint
 from fedkola.algorithms.local import Local
+from fedkola.algorithms.lorm import LoRM
+from fedkola.algorithms.o_lora import OLoRA
+from fedkola.algorithms.oracle import Oracle
+from fedkola.algorithms.slao import SLAO
 from fedkola.errors import UnknownName
 from fedkola.types import Algorithm, Spec
 
@@ -15,6 +24,15 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "fedit": FedIT,
     "local": Local,
     "joint": Joint,
+    "afcl": AFCL,
+    "o_lora": OLoRA,
+    "slao": SLAO,
+    "fot": FOT,
+    "lorm": LoRM,
+    "disco": DISCO,
+    "hpfl": HPFL,
+    "feddrift": FedDrift,
+    "oracle": Oracle,
 }
 
 

@@ -2,10 +2,12 @@
 
 server:  votes  <- sum of { holders, records, label counts }            what do you see?
          cell   <- sum of addends, for every scope that enough sites hold      fill
+         Gram   <- one sum over the records of all cells that have none yet    fill
          view   <- pure function of live cells; calibration <- sum      publish
          cell   <- cell + sum of (new - old addend)                     remove
-client:  analytic addend (G, s, n), router addend (sum z z', sum z, n) of new records;
-         LoRA addend (B Gamma, Gamma, n) of a B trained from 0 in the module's pinned slot
+client:  analytic addend (s, n), router addend (sum z z', sum z, n) of new records;
+         LoRA addend (B Gamma, Gamma, n) of a B trained from 0 in the module's pinned slot;
+         scatter addend G of the journalled records of all cells that it covers
 
 Use it when knowledge arrives over time, differs between sites, and must be removable: every
 long-lived number is an integer sum, so add, merge, replay, late arrival and removal are one
@@ -16,7 +18,7 @@ stays hidden from whoever sees only sums. Sources: the module store of HPFL (She
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Self
@@ -31,7 +33,7 @@ from fedkola.algorithms.setting import Setting
 from fedkola.algorithms.setting import rule as planned_rule
 from fedkola.errors import CohortTooSmall, ForgetIncomplete, Incompatible, KnowledgeError
 from fedkola.knowledge import bank as banks
-from fedkola.knowledge import basis, candidates, forget, journal, router, statistics, views
+from fedkola.knowledge import basis, forget, journal, router, statistics, views
 from fedkola.knowledge.bank import Bank, Cell, CellKind, KnowledgeCell
 from fedkola.knowledge.views import Rule, View
 from fedkola.types import (
@@ -56,6 +58,9 @@ TEMPERATURES = tuple(0.01 * 10 ** (k / 6) for k in range(13))
 UNKNOWN_BINS = 512
 UNKNOWN_RANGE = (-4.0, 12.0)  # of the relative distance, in multiples of the width
 CALIBRATION_RECORDS = 32
+
+Place = tuple[int, str]
+"""Round and scope: where a cell's records stand in the journals."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +124,7 @@ class FedKoLa:
     k_min: int = field(metadata=LOCAL, default=3)
     label_floor: int = field(metadata=LOCAL, default=16)
     public_reference: bool = field(metadata=LOCAL, default=False)
+    scatter_share: float = field(metadata=LOCAL, default=0.0)
     slots_max: int = field(metadata=LOCAL, default=48)
     lora_floor: int = field(metadata=LOCAL, default=0)
     rule: Rule = field(metadata=LOCAL, default_factory=Rule)
@@ -161,6 +167,7 @@ class FedKoLa:
             k_min=k.k_min,
             label_floor=k.label_floor,
             public_reference=k.public_reference,
+            scatter_share=k.scatter_share,
             slots_max=k.slots_max,
             lora_floor=k.lora_floor,
             rule=planned_rule(setting.plan),
@@ -187,7 +194,7 @@ class FedKoLa:
         """Cells to fill and scopes to park (scope -> records): a pure function of sums.
 
         A scope opens at k_min holders. Unless the data is declared public, each label row needs
-        k_min holders and ``label_floor`` records, and the cell the records floor of its kind.
+        k_min holders and ``label_floor`` records, and the cell the records floor of its kinds.
         """
         labels, scopes = self._catalogue().labels, self._catalogue().scopes()
         holders, records = votes.words["holders"].tolist(), votes.words["records"].tolist()
@@ -227,6 +234,42 @@ class FedKoLa:
             ]
         return tuple(opened), parked
 
+    def pooling(self, number: int, bank: Bank, cohort: Cohort) -> KnowledgeCell | None:
+        """The scatter cell to fill at the end of a round, if one is due.
+
+        It covers every analytic cell without a Gram whose whole cohort is asked, so that the sums
+        of both are over the same records. It is due at the records floor (waived for public data)
+        and at ``scatter_share`` times the records covered so far: at 0 every round has one, at 1
+        they come at growing intervals, and views use the Gram there is in the meantime.
+        """
+        waiting = [
+            cell.about for cell in banks.uncovered(bank) if set(cell.about.cohort) <= set(cohort)
+        ]
+        records = sum(about.records for about in waiting)
+        scatters = banks.of_kind(bank, CellKind.SCATTER)
+        due = self.scatter_share * sum(cell.about.records for cell in scatters)
+        floor = statistics.records_floor(self.features, self.width)
+        if not waiting or records < max(due, 1 if self.public_reference else floor):
+            return None
+        recipe = self._recipe(CellKind.SCATTER)
+        return KnowledgeCell(
+            id=banks.cell_id(
+                module=banks.POOL, kind=CellKind.SCATTER, round=number, slot=None, recipe=recipe
+            ),
+            module=banks.POOL,
+            kind=CellKind.SCATTER,
+            round=number,
+            valid=(0.0, None),
+            slot=None,
+            recipe=recipe,
+            labels=(),
+            cohort=cohort,
+            contributors=0,
+            records=records,
+            words="",
+            covers=tuple(about.id for about in waiting),
+        )
+
     def calibrate(self, state: State, cohort: Cohort, clients: Clients) -> State:
         """Publish the view; sites answer how well it scores their shortened records, as sums."""
         state = replace(state, calibration=Calibration())
@@ -258,44 +301,38 @@ class FedKoLa:
         return replace(state, calibration=calibration)
 
     def remove(
-        self, state: State, cells: Sequence[str], request: str, cohort: Cohort, clients: Clients
+        self,
+        state: State,
+        cells: Sequence[str],
+        request: str,
+        cohort: Cohort,
+        clients: Clients,
+        *,
+        leaver: str = "",
     ) -> tuple[State, tuple[Cell, ...], int]:
         """Subtract what sites have been asked to forget from these cells.
 
         Every site of the cohort that answered when a cell was filled is asked, with zeros from
-        those that have nothing to forget. Returns the new state, the cells as they were, and the
-        number of records removed. Raises ForgetIncomplete if one of them does not answer or a
-        count would fall below zero.
+        those that have nothing to forget; then the scatter cells that cover them, which also lose
+        all of a cell that is revoked. ``leaver`` is the site whose every record goes. Returns the
+        new state, the cells as they were, and the number of records removed. Raises
+        ForgetIncomplete if a site does not answer or a count would fall below zero.
         """
-        bank, before, removed = state.bank, [], 0
+        bank, before = state.bank, []
         for name in cells:
             cell = banks.find(bank, name)
-            asked = self._about_cell("remove", cell.about, request=request)
-            members = tuple(site for site in cohort if site in cell.about.cohort)
-            delta = clients.sum(members, asked)
-            if delta.cohort != members:
-                raise ForgetIncomplete(
-                    f"{sorted(set(members) - set(delta.cohort))} did not answer the removal from "
-                    f"cell {name}; nothing was changed, ask again when they are back"
-                )
-            total = wire.add(cell.total, replace(delta, grid=cell.total.grid))
-            counts = total.words.get(statistics.COUNTS, total.words[wire.WEIGHT])
-            if int(counts.min()) < 0:
-                raise ForgetIncomplete(
-                    f"cell {name} would hold a negative count; a journal does not match its "
-                    "contribution, nothing was changed"
-                )
+            bank = self._withdraw(bank, cell, request, cohort, clients)
             before.append(cell)
-            if cell.about.kind is self.kinds()[0]:
-                removed += int(cell.total.words[wire.WEIGHT] - total.words[wire.WEIGHT])
-            bank = banks.withdraw(
-                bank,
-                name,
-                total,
-                records=int(total.words[wire.WEIGHT]),
-                contributors=int(total.words[wire.METRIC + "contributors"]),
-                k_min=self.k_min,
-            )
+        for cell in banks.covering(state.bank, cells):
+            bank = self._withdraw_cover(state.bank, bank, cell, request, cohort, clients)
+            before.append(cell)
+        removed = sum(
+            cell.about.records - _records(bank, cell.about.id)
+            for cell in before
+            if cell.about.kind is self.kinds()[0]
+        )
+        if leaver:
+            bank = banks.leave(bank, leaver)
         return replace(state, bank=bank), tuple(before), removed
 
     def recount(
@@ -306,7 +343,9 @@ class FedKoLa:
         for name in cells:
             if name in live:
                 about = live[name].about
-                asked = self._about_cell("recount", about, request=request)
+                asked = self._about_cell(
+                    "recount", about, self._places(state.bank, about), request=request
+                )
                 again = clients.sum(tuple(s for s in cohort if s in about.cohort), asked)
                 if banks.content(about.labels, again) != about.words:
                     return False
@@ -343,40 +382,21 @@ class FedKoLa:
     def losses(
         self, state: State, reader: Reader, prompts: Sequence[str], texts: Sequence[str]
     ) -> Tensor:
-        """(n, 2) nats and tokens of the bank's modules, mixed with the labels of analytic cells."""
-        if not state.bank.cells:
-            return reader.losses({}, prompts, texts)
-        view = self.view(state)
-        weights, gate = self._composed(view, reader, prompts or texts)
-        found = reader.losses(weights, prompts, texts, gate=gate)
-        if view.head is None or not prompts:
-            return found
-        z, names = reader.features(prompts), reader.catalogue.texts
-        known = torch.ones(len(prompts), dtype=torch.bool)
-        if view.router is not None:
-            known = router.unknown(view.router, z) <= state.calibration.unknown
-        found[:, 0] = candidates.mixed(
-            found[:, 0],
-            views.answer(view, z, reader.nodes, self.level),
-            texts,
-            [names.get(node, node) for node in reader.nodes],
-            temperature=state.calibration.temperature,
-            known=known,
-        )
-        return found
+        """(n, 2) nats and tokens under the bank's modules, weighed for each text by the router.
 
-    def generate(
-        self, state: State, reader: Reader, prompts: Sequence[str], *, max_new_tokens: int
-    ) -> list[str]:
-        """The text of the best label where there are analytic cells, else what modules generate."""
-        if not state.bank.cells:
-            return reader.generate({}, prompts, max_new_tokens=max_new_tokens)
-        view = self.view(state)
-        if view.head is not None:
-            found = views.answer(view, reader.features(prompts), reader.nodes, self.level)
-            return candidates.replies(found, reader.nodes, reader.catalogue.texts)
-        weights, gate = self._composed(view, reader, prompts)
-        return reader.generate(weights, prompts, max_new_tokens=max_new_tokens, gate=gate)
+        The gate sees what is known before the answer; without a router modules weigh the same.
+        """
+        view = self.view(state) if state.bank.cells else None
+        if view is None or not view.adapters:
+            return reader.losses({}, prompts, texts)
+        modules = tuple(view.adapters)
+        gate = torch.full((len(texts), len(modules)), 1 / len(modules))
+        if view.router is not None:
+            z = reader.features(prompts or texts)
+            p = router.posterior(view.router, z, tau=self.tau_g)
+            order = [view.router.modules.index(module) for module in modules]
+            gate = router.gates(p[:, order], top_k=self.top_k)
+        return reader.losses(views.slots(view, modules), prompts, texts, gate=gate)
 
     def events(self, before: State, after: State) -> tuple[Event, ...]:
         """What the ledger records of one round: the difference of two banks, and what waits."""
@@ -425,8 +445,13 @@ class FedKoLa:
         )
 
     def fill(self, client: Client, asked: Broadcast) -> Update:
-        """Embed or train on the new records of one scope, journal them, and answer the addend."""
-        scope, _, _ = _cell(asked, client.catalogue)
+        """Embed or train on the new records of one scope, journal them, and answer the addend.
+
+        A scatter cell sums what the journal holds of the cells it covers.
+        """
+        if _kind(asked) is CellKind.SCATTER:
+            return self._addend(client, asked, self._entries(client, asked).values())
+        ((_, scope),) = _asked_places(asked, client.catalogue)
         codes = self._codes(client, asked)
         data = journal.pending(client.store, client.knowledge.until(asked.round), round=asked.round)
         wanted = set(codes)
@@ -442,7 +467,7 @@ class FedKoLa:
                 z=client.features(mine),
             )
             journal.write(client.store, entry)
-        update = self._addend(client, asked, entry)
+        update = self._addend(client, asked, [entry] if entry else [])
         self._keep_receipt(client, asked, update)
         return update
 
@@ -483,30 +508,27 @@ class FedKoLa:
 
     def subtract(self, client: Client, asked: Broadcast) -> Update:
         """New minus old addend of one cell; zeros where nothing is to be forgotten."""
-        entry = self._entry(client, asked)
-        gone = self._removed(client, asked)
-        if entry is None or not gone:
-            return self._addend(client, asked, None)
-        rest = journal.keep(entry, without=gone)
-        if _cell(asked, client.catalogue)[1] is CellKind.LORA:
+        entries, gone = self._entries(client, asked), self._gone(client, asked)
+        lost = [journal.only(e, records=gone[at]) for at, e in entries.items() if at in gone]
+        if not any(len(entry) for entry in lost):
+            return self._addend(client, asked, [])
+        rest = [journal.keep(e, without=gone.get(at, ())) for at, e in entries.items()]
+        if _kind(asked) is CellKind.LORA:
             old = load_file(_receipt(client, asked))
             new = self._words(client, asked, self._addend(client, asked, rest))
             save_file(new, _receipt(client, asked, suffix=f".{_request(asked)}{forget.NEXT}"))
             return _integer_update(client, {name: new[name] - old[name] for name in old})
-        lost = self._addend(client, asked, journal.only(entry, records=gone))
-        negative = {name: -value for name, value in lost.tensors.items()}
-        metrics = {"contributors": 0.0 if len(rest) else -1.0}
-        return Update(client=client.name, weight=-lost.weight, tensors=negative, metrics=metrics)
+        less = self._addend(client, asked, lost)
+        negative = {name: -value for name, value in less.tensors.items()}
+        metrics = {"contributors": 0.0 if any(len(entry) for entry in rest) else -1.0}
+        return Update(client=client.name, weight=-less.weight, tensors=negative, metrics=metrics)
 
     def again(self, client: Client, asked: Broadcast) -> Update:
         """The addend of one cell once more, from the journal (or the receipt of a LoRA cell)."""
-        entry = self._entry(client, asked)
-        gone = self._removed(client, asked)
-        rest = journal.keep(entry, without=gone) if entry and gone else entry
-        if rest is not None and len(rest) == 0:
-            rest = None
-        if _cell(asked, client.catalogue)[1] is CellKind.LORA:
-            if rest is entry and entry is not None:
+        entries, gone = self._entries(client, asked), self._gone(client, asked)
+        rest = [journal.keep(e, without=gone.get(at, ())) for at, e in entries.items()]
+        if _kind(asked) is CellKind.LORA:
+            if entries and not gone:
                 return _integer_update(client, load_file(_receipt(client, asked)))
             words = self._words(client, asked, self._addend(client, asked, rest))
             return _integer_update(client, words)
@@ -514,30 +536,16 @@ class FedKoLa:
 
     # --- private, server --------------------------------------------------------------------------
 
-    def _composed(
-        self, view: View, reader: Reader, prompts: Sequence[str]
-    ) -> tuple[Weights, Tensor | None]:
-        """The LoRA modules as slots, and their weights for each prompt: those of the router, or
-        equal ones without a router. No modules: the base."""
-        modules = tuple(view.adapters)
-        if not modules:
-            return {}, None
-        gate = torch.full((len(prompts), len(modules)), 1 / len(modules))
-        if view.router is not None:
-            p = router.posterior(view.router, reader.features(prompts), tau=self.tau_g)
-            order = [view.router.modules.index(module) for module in modules]
-            gate = router.gates(p[:, order], top_k=self.top_k)
-        return views.slots(view, modules), gate
-
     def _catalogue(self) -> Catalogue:
         if self.catalogue is None:
             raise KnowledgeError("the server half needs the task's catalogue of labels")
         return self.catalogue
 
     def _floor(self) -> int:
+        # Label rows have floors of their own; d records give a router's moment its full rank.
         floors = {
-            CellKind.ANALYTIC: max(4 * self.features, self.features**2 // (2 * self.width)),
-            CellKind.ROUTER: 1,
+            CellKind.ANALYTIC: 1,
+            CellKind.ROUTER: self.width,
             CellKind.LORA: 16 * self.rank,
         }
         return max(floors[kind] for kind in self.kinds())
@@ -545,8 +553,8 @@ class FedKoLa:
     def _ask_vote(self, number: int, bank: Bank, cohort: Cohort) -> Broadcast:
         """Ask for counts, and tell which sums came about: a site may not know (see journal)."""
         counts = ("holders", "records", "label_holders", "label_records")
-        about = [cell.about for cell in bank.cells]
-        sealed = [[cell.round, self._scope(cell)] for cell in about]
+        about = [cell.about for cell in bank.cells if cell.about.kind is not CellKind.SCATTER]
+        sealed = [self._place(cell) for cell in about]
         members = [[site in cell.cohort for site in cohort] for cell in about]
         tensors = {
             "sealed": torch.tensor(sealed, dtype=torch.int64).reshape(-1, 2),
@@ -576,19 +584,102 @@ class FedKoLa:
         slots = {module.id: module.slot for module in bank.modules}
         for opening in opened:
             about = self._describe(number, replace(opening, slot=slots[opening.module]), cohort)
-            total = clients.sum(cohort, self._about_cell("fill", about))
-            if total.cohort != cohort:
-                return state, total.cohort
-            bank = banks.seal(
-                bank,
-                replace(
-                    about,
-                    contributors=int(total.words[wire.METRIC + "contributors"]),
-                    records=int(total.words[wire.WEIGHT]),
-                ),
-                total,
-            )
+            bank, survivors = self._fill(bank, about, cohort, clients)
+            if survivors != cohort:
+                return state, survivors
+        pooled = self.pooling(number, bank, cohort)
+        if pooled:
+            bank, survivors = self._fill(bank, pooled, cohort, clients)
+            if survivors != cohort:
+                return state, survivors
         return replace(state, bank=self._retired(bank), parked=parked, number=number), cohort
+
+    def _fill(
+        self, bank: Bank, about: KnowledgeCell, cohort: Cohort, clients: Clients
+    ) -> tuple[Bank, Cohort]:
+        """The bank with this cell sealed, if everybody answers; and who answered."""
+        total = clients.sum(cohort, self._about_cell("fill", about, self._places(bank, about)))
+        if total.cohort != cohort:
+            return bank, total.cohort
+        sealed = replace(
+            about,
+            contributors=int(total.words[wire.METRIC + "contributors"]),
+            records=int(total.words[wire.WEIGHT]),
+        )
+        if about.covers and sealed.records != about.records:
+            # A site's journal is not what it contributed: the Gram is of no use, the rows are.
+            return bank, cohort
+        return banks.seal(bank, sealed, total), cohort
+
+    def _withdraw(
+        self,
+        bank: Bank,
+        cell: Cell,
+        request: str,
+        cohort: Cohort,
+        clients: Clients,
+        *,
+        places: Sequence[tuple[int, int]] = (),
+        whole: Sequence[tuple[int, int]] = (),
+        covers: tuple[str, ...] = (),
+    ) -> Bank:
+        """The bank with what a request concerns, and all of the places ``whole``, subtracted."""
+        name = cell.about.id
+        places = places or [self._place(cell.about)]
+        asked = self._about_cell("remove", cell.about, places, request=request, whole=whole)
+        members = tuple(site for site in cohort if site in cell.about.cohort)
+        delta = clients.sum(members, asked)
+        if delta.cohort != members:
+            raise ForgetIncomplete(
+                f"{sorted(set(members) - set(delta.cohort))} did not answer the removal from "
+                f"cell {name}; nothing was changed, ask again when they are back"
+            )
+        total = wire.add(cell.total, replace(delta, grid=cell.total.grid))
+        counts = total.words.get(statistics.COUNTS, total.words[wire.WEIGHT])
+        if int(counts.min()) < 0:
+            raise ForgetIncomplete(
+                f"cell {name} would hold a negative count; a journal does not match its "
+                "contribution, nothing was changed"
+            )
+        return banks.withdraw(
+            bank,
+            name,
+            total,
+            records=int(total.words[wire.WEIGHT]),
+            contributors=int(total.words[wire.METRIC + "contributors"]),
+            k_min=self.k_min,
+            covers=covers,
+        )
+
+    def _withdraw_cover(
+        self,
+        before: Bank,
+        bank: Bank,
+        cell: Cell,
+        request: str,
+        cohort: Cohort,
+        clients: Clients,
+    ) -> Bank:
+        """The bank with a scatter cell reduced as the cells it covers were.
+
+        What remaining sites put into a revoked cell waits for the next one, so it leaves the Gram
+        too. If one of these sites is not asked, the Gram is revoked: the next one sums it again.
+        """
+        live = {held.about.id for held in bank.cells}
+        under = [held.about for held in banks.covered(before, cell.about)]
+        revoked = [about for about in under if about.id not in live]
+        if any(not set(about.cohort) <= set(cohort) for about in revoked):
+            return banks.revoke(bank, cell.about.id)
+        return self._withdraw(
+            bank,
+            cell,
+            request,
+            cohort,
+            clients,
+            places=[self._place(about) for about in under],
+            whole=[self._place(about) for about in revoked],
+            covers=tuple(about.id for about in under if about.id in live),
+        )
 
     def _retired(self, bank: Bank) -> Bank:
         """The bank with every open label closed that the catalogue gives an end."""
@@ -601,22 +692,7 @@ class FedKoLa:
         return bank
 
     def _describe(self, number: int, opening: Opening, cohort: Cohort) -> KnowledgeCell:
-        recipe: dict[str, Scalar] = {}
-        if opening.kind is CellKind.ANALYTIC:
-            recipe = {"features": self.features, "bits": self.bits, "seed": self.feature_seed}
-        elif opening.kind is CellKind.LORA:
-            recipe = {
-                "rank": self.rank,
-                "scale": self.scale,
-                "basis_seed": self.basis_seed,
-                "merge": self.merge,
-                "records": self.lora_records,
-                "steps": self.lora_steps,
-                "batch": self.batch,
-                "lr": self.lr,
-                "clip": self.clip,
-                "fraction": self.fraction,
-            }
+        recipe = self._recipe(opening.kind)
         slot = opening.slot if opening.kind is CellKind.LORA else None
         labels = self._catalogue().labels
         return KnowledgeCell(
@@ -636,22 +712,59 @@ class FedKoLa:
             words="",
         )
 
-    def _about_cell(self, step: str, about: KnowledgeCell, *, request: str = "") -> Broadcast:
-        """Ask for one cell; under a removal ``request`` answers are integers on its grid."""
+    def _recipe(self, kind: CellKind) -> dict[str, Scalar]:
+        """What every addend to a cell of this kind must share."""
+        if kind in (CellKind.ANALYTIC, CellKind.SCATTER):
+            return {"features": self.features, "bits": self.bits, "seed": self.feature_seed}
+        if kind is CellKind.ROUTER:
+            return {}
+        return {
+            "rank": self.rank,
+            "scale": self.scale,
+            "basis_seed": self.basis_seed,
+            "merge": self.merge,
+            "records": self.lora_records,
+            "steps": self.lora_steps,
+            "batch": self.batch,
+            "lr": self.lr,
+            "clip": self.clip,
+            "fraction": self.fraction,
+        }
+
+    def _about_cell(
+        self,
+        step: str,
+        about: KnowledgeCell,
+        places: Sequence[tuple[int, int]],
+        *,
+        request: str = "",
+        whole: Sequence[tuple[int, int]] = (),
+    ) -> Broadcast:
+        """Ask for one cell, the sum over ``places``: (round, scope) in a site's journal.
+
+        Under a removal ``request`` answers are integers on the cell's grid, and all of the places
+        ``whole`` is removed besides what the request concerns.
+        """
         position = {label.code: i for i, label in enumerate(self._catalogue().labels)}
-        scope = self._scope(about)
-        kind = tuple(CellKind).index(about.kind)
-        cell = [scope, kind, -1 if about.slot is None else about.slot]
+        cell = [tuple(CellKind).index(about.kind), -1 if about.slot is None else about.slot]
         if about.kind is CellKind.LORA:
             factors = ("lora_B", "gram") if self.merge == "gram" else ("lora_B",)
             names = [f"{layer}.{factor}" for layer in self.targets for factor in factors]
             scale = dict.fromkeys(names, 0 if request else self.fraction)
             word = 32
         else:
-            scale = dict.fromkeys((statistics.GRAM, statistics.SUMS, statistics.COUNTS), 0)
-            word = 32 if about.kind is CellKind.ANALYTIC else 64
+            rows = (statistics.SUMS, statistics.COUNTS)
+            parts = {
+                CellKind.ANALYTIC: (rows, 32),
+                CellKind.SCATTER: ((statistics.GRAM,), 32),
+                CellKind.ROUTER: ((statistics.GRAM, *rows), 64),
+            }
+            asked_for, word = parts[about.kind]
+            scale = dict.fromkeys(asked_for, 0)
         tensors = {
             "cell": torch.tensor(cell, dtype=torch.int64),
+            "places": torch.tensor(places, dtype=torch.int64).reshape(-1, 2),
+            "whole": torch.tensor(whole, dtype=torch.int64).reshape(-1, 2),
             "labels": torch.tensor([position[c] for c in about.labels], dtype=torch.int64),
             # Two removals from one cell are two questions, so the outbox keeps them apart.
             "request": torch.tensor(list(request.encode()), dtype=torch.uint8),
@@ -660,8 +773,14 @@ class FedKoLa:
             self, step, about.round, tensors, word=word, scale=scale, metrics={"contributors": 0}
         )
 
-    def _scope(self, about: KnowledgeCell) -> int:
-        return self._catalogue().scopes().index(about.module.rsplit("@", 1)[0])
+    def _place(self, about: KnowledgeCell) -> tuple[int, int]:
+        """Where the records of a cell stand in a journal: its round and the number of its scope."""
+        return about.round, self._catalogue().scopes().index(banks.scope(about))
+
+    def _places(self, bank: Bank, about: KnowledgeCell) -> list[tuple[int, int]]:
+        if about.kind is not CellKind.SCATTER:
+            return [self._place(about)]
+        return [self._place(cell.about) for cell in banks.covered(bank, about)]
 
     # --- private, client --------------------------------------------------------------------------
 
@@ -675,41 +794,43 @@ class FedKoLa:
     def _codes(self, client: Client, asked: Broadcast) -> tuple[str, ...]:
         return tuple(client.catalogue.labels[i].code for i in asked.tensors["labels"].tolist())
 
-    def _entry(self, client: Client, asked: Broadcast) -> journal.Entry | None:
-        scope, _, _ = _cell(asked, client.catalogue)
-        return journal.read(client.store, asked.round, scope)
+    def _entries(self, client: Client, asked: Broadcast) -> dict[Place, journal.Entry]:
+        """What this site put into the cell, by place."""
+        found = {
+            place: journal.read(client.store, *place)
+            for place in _asked_places(asked, client.catalogue)
+        }
+        return {place: entry for place, entry in found.items() if entry}
 
-    def _removed(self, client: Client, asked: Broadcast) -> frozenset[str]:
-        """Record ids of this cell that the request asked about concerns, if it was posted here."""
-        scope, _, _ = _cell(asked, client.catalogue)
+    def _gone(self, client: Client, asked: Broadcast) -> dict[Place, frozenset[str]]:
+        """Record ids to subtract, by place: those of the request, if it was posted here, and all
+        of the places that go whole."""
+        places = _asked_places(asked, client.catalogue)
+        gone: dict[Place, frozenset[str]] = {}
         for request in forget.posted(client.store):
             if request.id == _request(asked):
                 found = forget.concerned(client.store, request)
-                return found.get((asked.round, scope), frozenset())
-        return frozenset()
+                gone = {place: found[place] for place in places if place in found}
+        whole = _asked_places(asked, client.catalogue, "whole")
+        entries = self._entries(client, asked)
+        return gone | {at: frozenset(entries[at].records) for at in whole if at in entries}
 
-    def _addend(self, client: Client, asked: Broadcast, entry: journal.Entry | None) -> Update:
-        """One site's contribution to one cell; zeros if there is no entry."""
-        _, kind, slot = _cell(asked, client.catalogue)
-        if entry is not None and len(entry) == 0:
-            entry = None
+    def _addend(self, client: Client, asked: Broadcast, entries: Iterable[journal.Entry]) -> Update:
+        """One site's contribution to one cell; zeros without entries."""
+        kind, entry = _kind(asked), journal.join(tuple(entries))
+        recipe = {"features": self.features, "bits": self.bits, "seed": self.feature_seed}
+        z = entry.z if entry else torch.zeros(0, self.width, dtype=torch.int16)
         if kind is CellKind.LORA:
-            tensors = self._lora(client, asked, entry, slot)
+            tensors = self._lora(client, asked, entry)
+        elif kind is CellKind.SCATTER:
+            tensors = statistics.scatter(z, **recipe)
         else:
             codes = self._codes(client, asked)
             position = {code: i for i, code in enumerate(codes)}
-            z = entry.z if entry else torch.zeros(0, self.width, dtype=torch.int16)
             labels = entry.labels if entry else ()
             rows = torch.tensor([position[code] for code in labels], dtype=torch.int64)
             tensors = (
-                statistics.analytic(
-                    z,
-                    rows,
-                    num_rows=len(codes),
-                    features=self.features,
-                    bits=self.bits,
-                    seed=self.feature_seed,
-                )
+                statistics.by_label(z, rows, num_rows=len(codes), **recipe)
                 if kind is CellKind.ANALYTIC
                 else statistics.router(z, rows, num_rows=len(codes))
             )
@@ -721,7 +842,7 @@ class FedKoLa:
         )
 
     def _lora(
-        self, client: Client, asked: Broadcast, entry: journal.Entry | None, slot: int
+        self, client: Client, asked: Broadcast, entry: journal.Entry | None
     ) -> dict[str, Tensor]:
         """(B Gamma, Gamma) by layer for a B trained from zero; the local head is thrown away."""
         zeros: dict[str, Tensor] = {}
@@ -731,6 +852,7 @@ class FedKoLa:
                 zeros[f"{layer}.gram"] = torch.zeros(self.rank, self.rank, dtype=torch.float64)
         if entry is None:
             return zeros
+        slot = int(asked.tensors["cell"][1])
         pinned = basis.slot(client.targets, index=slot, rank=self.rank, seed=self.basis_seed)
         data = self._training_data(client, entry)
         start = {name: value for name, value in zeros.items() if name.endswith(".lora_B")}
@@ -778,7 +900,7 @@ class FedKoLa:
         return wire.words(update, replace(asked.grid, scale=scale), asked.cohort)
 
     def _keep_receipt(self, client: Client, asked: Broadcast, update: Update) -> None:
-        if _cell(asked, client.catalogue)[1] is CellKind.LORA and update.weight:
+        if _kind(asked) is CellKind.LORA and update.weight:
             path = _receipt(client, asked)
             path.parent.mkdir(parents=True, exist_ok=True)
             draft = path.with_suffix(".tmp")
@@ -797,10 +919,21 @@ class FedKoLa:
         return replace(data, texts=tuple(_shorten(text, generator) for text in data.texts))
 
 
-def _cell(asked: Broadcast, catalogue: Catalogue) -> tuple[str, CellKind, int]:
-    """Scope, kind and slot of the cell a broadcast is about."""
-    scope, kind, slot = asked.tensors["cell"].tolist()
-    return catalogue.scopes()[scope], tuple(CellKind)[kind], slot
+def _records(bank: Bank, cell: str) -> int:
+    return sum(held.about.records for held in bank.cells if held.about.id == cell)
+
+
+def _kind(asked: Broadcast) -> CellKind:
+    """The kind of the cell a broadcast is about."""
+    return tuple(CellKind)[int(asked.tensors["cell"][0])]
+
+
+def _asked_places(
+    asked: Broadcast, catalogue: Catalogue, name: str = "places"
+) -> tuple[Place, ...]:
+    """Round and scope of the journal entries a broadcast is about."""
+    scopes = catalogue.scopes()
+    return tuple((round, scopes[scope]) for round, scope in asked.tensors[name].tolist())
 
 
 def _request(asked: Broadcast) -> str:
@@ -808,7 +941,7 @@ def _request(asked: Broadcast) -> str:
 
 
 def _receipt(client: Client, asked: Broadcast, *, suffix: str = ".safetensors") -> Path:
-    scope = int(asked.tensors["cell"][0])
+    scope = int(asked.tensors["places"][0, 1])
     return client.store / "receipts" / f"{asked.round:06d}-{scope}{suffix}"
 
 

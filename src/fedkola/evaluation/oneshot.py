@@ -2,8 +2,8 @@
 
 No rounds, no cells, no wire: one call over the union of what the present sites contributed, from
 their texts. Records that still wait at their sites belong to neither side. The bank's integers
-must equal it bit for bit, and the model read from it is the joint model of the same class,
-against which excess forgetting is measured.
+must equal it bit for bit (its Gram over the records that scatter cells cover), and the model read
+from it is the joint model of the same class, against which excess forgetting is measured.
 """
 
 from dataclasses import dataclass
@@ -33,30 +33,43 @@ def compare(federation: Federation, state: BankState) -> OneShot:
     algorithm, catalogue = federation.algorithm, federation.stream.catalogue
     assert isinstance(algorithm, FedKoLa)
     position = {code: i for i, code in enumerate(catalogue.codes())}
-    z, rows = [], []
+    live = {
+        (cell.about.round, banks.scope(cell.about)): cell.about
+        for cell in banks.of_kind(state.bank, CellKind.ANALYTIC)
+    }
+    waiting = {cell.about.id for cell in banks.uncovered(state.bank)}
+    z, rows, under = [], [], []
     for site in federation.sites.values():
-        given = journal.used(site.store, before=state.number + 1)
+        given = {
+            record: live[entry.round, entry.scope].id not in waiting
+            for entry in journal.entries(site.store)
+            if (entry.round, entry.scope) in live
+            and site.name in live[entry.round, entry.scope].cohort
+            for record in entry.records
+        }
         whole = site.knowledge.until(state.number)
         data = whole.take([i for i, record in enumerate(whole.records) if record in given])
         z.append(federation.trainer.cache.integers(data.texts))
         rows.append(torch.tensor([position[code] for code in data.labels], dtype=torch.int64))
-    labels = torch.cat(rows)
-    pooled = statistics.analytic(
-        torch.cat(z),
-        labels,
-        num_rows=len(position),
-        features=algorithm.features,
-        bits=algorithm.bits,
-        seed=algorithm.feature_seed,
-    )
+        under.append(torch.tensor([given[r] for r in data.records], dtype=torch.bool))
+    records, labels, covered = torch.cat(z), torch.cat(rows), torch.cat(under)
     recipe = {
         "features": algorithm.features,
         "bits": algorithm.bits,
         "seed": algorithm.feature_seed,
     }
+    once = statistics.by_label(records, labels, num_rows=len(position), **recipe)
+    gram, rest = (
+        statistics.scatter(part, **recipe)[statistics.GRAM]
+        for part in (records[covered], records[~covered])
+    )
     streamed = totals(state.bank, position, algorithm.features)
+    pooled = {**once, statistics.GRAM: gram + rest}
     return OneShot(
-        equal=all(torch.equal(pooled[name], streamed[name]) for name in pooled),
+        equal=all(
+            torch.equal(value, streamed[name])
+            for name, value in {**once, statistics.GRAM: gram}.items()
+        ),
         records=len(labels),
         state=BankState(
             bank=banks.alone("one-shot", pooled, catalogue.codes(), recipe), number=state.number
@@ -65,16 +78,16 @@ def compare(federation: Federation, state: BankState) -> OneShot:
 
 
 def totals(bank: Bank, position: dict[str, int], features: int) -> dict[str, Tensor]:
-    """The int64 sums over all live analytic cells, label rows in catalogue order."""
+    """The int64 sums over all live analytic and scatter cells, label rows in catalogue order."""
     found = {
         statistics.GRAM: torch.zeros(features * (features + 1) // 2, dtype=torch.int64),
         statistics.SUMS: torch.zeros(len(position), features, dtype=torch.int64),
         statistics.COUNTS: torch.zeros(len(position), dtype=torch.int64),
     }
-    for cell in banks.select(bank, CellKind.ANALYTIC):
+    for cell in banks.of_kind(bank, CellKind.ANALYTIC):
         index = torch.tensor([position[code] for code in cell.about.labels], dtype=torch.int64)
-        words = cell.total.words
-        found[statistics.GRAM] += words[statistics.GRAM]
         for name in (statistics.SUMS, statistics.COUNTS):
-            found[name].index_add_(0, index, words[name].to(torch.int64))
+            found[name].index_add_(0, index, cell.total.words[name].to(torch.int64))
+    for cell in banks.of_kind(bank, CellKind.SCATTER):
+        found[statistics.GRAM] += cell.total.words[statistics.GRAM]
     return found

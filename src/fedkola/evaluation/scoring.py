@@ -82,35 +82,35 @@ def scores_of(
     """Scores (n, len(nodes)) of one model; -inf where the model does not know a node.
 
     The algorithm's own ``answer`` if it has one, else one adapter with one head; ``site`` names
-    the model of a method with one for each.
+    the model of a method with one for each. An oracle's ``routed`` is told the true scopes.
     """
     algorithm: Any = federation.algorithm
     base = reader(federation)
-    if hasattr(algorithm, "answer"):
-        found: Tensor = algorithm.answer(state, base, test.questions, site=site)
+    if hasattr(algorithm, "routed"):
+        found: Tensor = algorithm.routed(state, base, test.texts, _scopes(base.catalogue, test))
+    elif hasattr(algorithm, "answer"):
+        found = algorithm.answer(state, base, test.texts, site=site)
     else:
-        found = base.scores(state.weights, test.questions)
+        found = base.scores(state.weights, test.texts)
     place = {node: i for i, node in enumerate(base.nodes)}
     return found[:, [place[node] for node in nodes]]
 
 
 def perplexity(federation: Federation, state: Any, test: Dataset) -> dict[str, float]:
     """Loss per token, and its exponential, of a causal language model on texts after prompts."""
-    nats, tokens = (math.fsum(column) for column in losses(federation, state, test).T.tolist())
+    algorithm: Any = federation.algorithm
+    base = reader(federation)
+    if hasattr(algorithm, "routed_losses"):
+        scopes = _scopes(base.catalogue, test)
+        found: Tensor = algorithm.routed_losses(state, base, test.prompts, test.texts, scopes)
+    elif hasattr(algorithm, "losses"):
+        found = algorithm.losses(state, base, test.prompts, test.texts)
+    else:
+        found = base.losses(state.weights, test.prompts, test.texts)
+    nats, tokens = (math.fsum(column) for column in found.T.tolist())
     loss = nats / max(tokens, 1.0)
     exponential = float(torch.tensor(loss, dtype=torch.float64).exp())
     return {"loss": loss, "perplexity": exponential, "tokens": tokens}
-
-
-def losses(federation: Federation, state: Any, test: Dataset) -> Tensor:
-    """(n, 2) float64: nats and tokens of each text after its prompt, by the algorithm's own
-    ``losses`` if it has them, else under one adapter."""
-    algorithm: Any = federation.algorithm
-    base = reader(federation)
-    if hasattr(algorithm, "losses"):
-        found: Tensor = algorithm.losses(state, base, test.prompts, test.texts)
-        return found
-    return base.losses(state.weights, test.prompts, test.texts)
 
 
 def reader(federation: Federation) -> BaseReader:
@@ -160,6 +160,11 @@ def measure(
 
 
 # --- private --------------------------------------------------------------------------------------
+
+
+def _scopes(catalogue: Catalogue, test: Dataset) -> list[str]:
+    scope = {label.code: label.scope for label in catalogue.labels}
+    return [scope[code] for code in test.labels]
 
 
 def _average(found: Sequence[Accuracy], nodes: int) -> Accuracy:

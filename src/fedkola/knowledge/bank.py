@@ -4,6 +4,9 @@ A bank is a value. ``seal``, ``withdraw``, ``retire`` return a new one; ``events
 difference of two banks, and ``fold`` replays events to the same metadata, so the record in the
 ledger cannot disagree with the model. Cells are keyed by what they are about (module, kind,
 recipe, round), never by who contributed: a bank that lost a site equals one it never joined.
+
+A scatter cell belongs to no module: it is the Gram of the records of the analytic cells it covers.
+A cell is covered at most once.
 """
 
 import hashlib
@@ -26,6 +29,11 @@ class CellKind(Enum):
     ANALYTIC = "analytic"
     ROUTER = "router"
     LORA = "lora"
+    SCATTER = "scatter"
+
+
+POOL = "scatter"
+"""What scatter cells have in place of a module."""
 
 
 class ModuleState(Enum):
@@ -56,6 +64,7 @@ class KnowledgeCell:
 
     ``quality`` holds factors in [0, 1] by name, whose product weighs the cell in every view;
     ``privacy`` the rules it was opened under.
+    ``covers`` names the analytic cells whose records a scatter cell sums.
     """
 
     id: str
@@ -73,6 +82,7 @@ class KnowledgeCell:
     quality: Mapping[str, float] = field(default_factory=dict)
     privacy: Mapping[str, Scalar] = field(default_factory=dict)
     status: Status = Status.SEALED
+    covers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,13 +289,13 @@ def seal(bank: Bank, about: KnowledgeCell, total: Aggregate) -> Bank:
 def alone(
     name: str, words: Mapping[str, Tensor], codes: Sequence[str], recipe: Mapping[str, Scalar]
 ) -> Bank:
-    """A bank of one analytic cell whose sums no federation gathered (one site, or a union), to be
-    read like one that was. ``codes`` names the rows; rows without records are left out."""
+    """A bank of one analytic cell and its scatter whose sums no federation gathered (one site, or
+    a union), to be read like one that was. ``codes`` names the rows; rows without records are left
+    out."""
     kept = torch.nonzero(words[COUNTS]).flatten()
     if not len(kept):
         return Bank()
-    chosen = {GRAM: words[GRAM], SUMS: words[SUMS][kept], COUNTS: words[COUNTS][kept]}
-    about = KnowledgeCell(
+    rows = KnowledgeCell(
         id=name,
         module=name,
         kind=CellKind.ANALYTIC,
@@ -299,15 +309,31 @@ def alone(
         records=int(words[COUNTS].sum()),
         words="",
     )
-    exact = {key: value.to(torch.int64) for key, value in chosen.items()}
-    grid = Grid(word=64, bits=64, scale=dict.fromkeys(exact, 0))
-    return seal(Bank(), about, Aggregate(cohort=(name,), words=exact, grid=grid))
+    pooled = replace(
+        rows, id=f"{name}-{POOL}", module=POOL, kind=CellKind.SCATTER, labels=(), covers=(name,)
+    )
+    bank = Bank()
+    for about, chosen in (
+        (rows, {SUMS: words[SUMS][kept], COUNTS: words[COUNTS][kept]}),
+        (pooled, {GRAM: words[GRAM]}),
+    ):
+        exact = {key: value.to(torch.int64) for key, value in chosen.items()}
+        grid = Grid(word=64, bits=64, scale=dict.fromkeys(exact, 0))
+        bank = seal(bank, about, Aggregate(cohort=(name,), words=exact, grid=grid))
+    return bank
 
 
 def withdraw(
-    bank: Bank, cell: str, total: Aggregate, *, records: int, contributors: int, k_min: int = 1
+    bank: Bank,
+    cell: str,
+    total: Aggregate,
+    *,
+    records: int,
+    contributors: int,
+    k_min: int = 1,
+    covers: tuple[str, ...] = (),
 ) -> Bank:
-    """Replace the integers of one cell after a removal.
+    """Replace the integers of one cell after a removal, and what it still ``covers``.
 
     A cell left without records, or with fewer contributors than ``k_min``, is revoked: it would
     never have been opened. What remaining sites put into it waits there for the next cell.
@@ -318,12 +344,25 @@ def withdraw(
         words=content(held.about.labels, total),
         records=records,
         contributors=contributors,
+        covers=covers,
     )
     if records == 0 or contributors < k_min:
-        rest = tuple(c for c in bank.cells if c.about.id != cell)
-        gone = replace(about, status=Status.REVOKED)
-        return replace(bank, cells=rest, revoked=(*bank.revoked, gone))
+        return _revoke(bank, about)
     cells = tuple(Cell(about=about, total=total) if c is held else c for c in bank.cells)
+    return replace(bank, cells=cells)
+
+
+def revoke(bank: Bank, cell: str) -> Bank:
+    """The bank without this cell. What it covered is free to be covered again."""
+    return _revoke(bank, find(bank, cell).about)
+
+
+def leave(bank: Bank, site: str) -> Bank:
+    """The bank after everything of a site was withdrawn: it no longer stands in any cohort."""
+    cells = tuple(
+        replace(cell, about=replace(cell.about, cohort=_without(cell.about.cohort, site)))
+        for cell in bank.cells
+    )
     return replace(bank, cells=cells)
 
 
@@ -348,6 +387,28 @@ def find(bank: Bank, cell: str) -> Cell:
     raise UnknownCell(f"no live cell {cell}; `fedkola bank ls` shows the cells of a run")
 
 
+def covering(bank: Bank, cells: Iterable[str]) -> tuple[Cell, ...]:
+    """Live scatter cells that sum records of any of these analytic cells."""
+    wanted = set(cells)
+    return tuple(cell for cell in bank.cells if wanted & set(cell.about.covers))
+
+
+def covered(bank: Bank, scatter: KnowledgeCell) -> tuple[Cell, ...]:
+    """The live analytic cells whose records a scatter cell sums; raises UnknownCell."""
+    return tuple(find(bank, cell) for cell in scatter.covers)
+
+
+def uncovered(bank: Bank) -> tuple[Cell, ...]:
+    """Analytic cells, superseded ones too, whose records no scatter cell sums."""
+    done = {cell for held in bank.cells for cell in held.about.covers}
+    return tuple(c for c in of_kind(bank, CellKind.ANALYTIC) if c.about.id not in done)
+
+
+def of_kind(bank: Bank, kind: CellKind) -> tuple[Cell, ...]:
+    """Every cell of one kind that the bank holds, whatever time it answers for."""
+    return tuple(cell for cell in bank.cells if cell.about.kind is kind)
+
+
 def select(
     bank: Bank,
     kind: CellKind,
@@ -359,7 +420,7 @@ def select(
     """Live cells of one kind as of a world time and a knowledge time, of the held modules.
 
     Cells of a superseded or retired module are left out unless the time asked for is before its
-    end, or before the end was known.
+    end, or before the end was known. Scatter cells belong to no module and serve every held set.
     """
     over = {m.id for m in bank.modules if not _answers(m, valid_at=valid_at, known_at=known_at)}
     chosen = []
@@ -370,7 +431,7 @@ def select(
             and cell.about.module not in over
             and (known_at is None or cell.about.round <= known_at)
             and (valid_at is None or (start <= valid_at and (end is None or valid_at < end)))
-            and (held is None or cell.about.module in held)
+            and (held is None or kind is CellKind.SCATTER or cell.about.module in held)
         ):
             chosen.append(cell)
     return tuple(chosen)
@@ -457,6 +518,11 @@ def metadata(bank: Bank) -> dict[str, dict[str, Any]]:
     }
 
 
+def scope(about: KnowledgeCell) -> str:
+    """The scope of a cell's module; scatter cells have none and give ``POOL``."""
+    return about.module.rsplit("@", 1)[0]
+
+
 def cell_bytes(cell: Cell) -> int:
     """Bytes of a cell's integers."""
     return sum(_nbytes(value) for value in cell.total.words.values())
@@ -534,6 +600,16 @@ def _activated(bank: Bank, module: str, *, round: int, valid_from: float) -> Ban
                 old = _closed(earlier, ModuleState.SUPERSEDED, round, valid_from)
                 bank = _changed(bank, old)
     return bank
+
+
+def _revoke(bank: Bank, about: KnowledgeCell) -> Bank:
+    rest = tuple(cell for cell in bank.cells if cell.about.id != about.id)
+    gone = replace(about, status=Status.REVOKED)
+    return replace(bank, cells=rest, revoked=(*bank.revoked, gone))
+
+
+def _without(cohort: Cohort, site: str) -> Cohort:
+    return tuple(name for name in cohort if name != site)
 
 
 def _heirs(entries: Mapping[str, LabelEntry], code: str, live: Sequence[str]) -> list[str]:

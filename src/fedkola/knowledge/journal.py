@@ -77,6 +77,21 @@ def entries(store: Path) -> tuple[Entry, ...]:
     return tuple(_load(path) for path in sorted((store / "journal").glob("*.safetensors")))
 
 
+def join(found: Sequence[Entry]) -> Entry | None:
+    """The records of several entries as one, in the place of the first; None if there are none."""
+    full = [entry for entry in found if len(entry)]
+    if not full:
+        return None
+    return Entry(
+        round=full[0].round,
+        scope=full[0].scope,
+        records=tuple(record for entry in full for record in entry.records),
+        patients=tuple(patient for entry in full for patient in entry.patients),
+        labels=tuple(label for entry in full for label in entry.labels),
+        z=torch.cat([entry.z for entry in full]),
+    )
+
+
 def used(store: Path, *, before: int) -> frozenset[str]:
     """Ids of the records that were summed in rounds before this one."""
     found: set[str] = set()

@@ -35,6 +35,7 @@ KAPPA = 2.0
 KAPPA_WINDOWS = 50
 KAPPA_SHARE = 0.99
 ACCEPTED_MIN = 8
+YOUNG_MIN = 3
 BUCKETS = 64
 _HYPERPLANES = 6
 
@@ -172,10 +173,16 @@ def fits(learnt: Thresholds, distance: Distance) -> bool:
     return distance.observed <= limit(learnt, distance)
 
 
-def discoverable(learnt: Thresholds, records: int, *, floor: int) -> bool:
-    """Whether a window that does not fit may be called new: at least ``floor`` records, and eight
-    accepted windows to compare with. Smaller ones wait at their site until they have grown."""
-    return records >= floor and int(learnt.windows.sum()) >= ACCEPTED_MIN
+def discoverable(learnt: Thresholds, distance: Distance, *, floor: int) -> bool:
+    """Whether a window that does not fit its nearest module may be called new; it waits if not.
+
+    It needs ``floor`` records. Between three and eight accepted windows, when b is uncertain, it
+    must lie beyond twice the limit; with fewer there is nothing to judge by.
+    """
+    windows = int(learnt.windows.sum())
+    if distance.records < floor or windows < YOUNG_MIN:
+        return False
+    return windows >= ACCEPTED_MIN or distance.observed > 2 * limit(learnt, distance)
 
 
 # --- what is learnt, from sums --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Addends of the analytic and router cells, in exact integers (no gradient, one forward pass).
+"""Addends of analytic, scatter and router cells, in exact integers (no gradient, one forward pass).
 
 From the integer embedding z = round(2^10 e) of a record (int16, d numbers) and a public sign
 matrix R of shape (d, p)::
@@ -9,7 +9,9 @@ matrix R of shape (d, p)::
 
 |u| is below 2^24, so float32 products are exact, and a Gram block of m records is exact in
 float32 while m (2^bits - 1)^2 < 2^24. G, s and n therefore do not depend on batch size, order or
-thread count, and subtraction undoes addition bit for bit. Recursive and analytic federated
+thread count, and subtraction undoes addition bit for bit. An analytic cell holds (s, n), a scatter
+cell G alone: read-outs need G for the scatter within classes, which all labels share, so one pooled
+sum serves many cells. Recursive and analytic federated
 learning over frozen features: He et al., AFL (CVPR 2025); Zhuang et al., ACIL (NeurIPS 2022).
 """
 
@@ -27,27 +29,51 @@ COUNTS = "counts"
 _EXACT_FLOAT32 = 1 << 24
 
 
-def analytic(
+def by_label(
     z: Tensor, rows: Tensor, *, num_rows: int, features: int, bits: int, seed: int
 ) -> dict[str, Tensor]:
     """The addend of one site to one analytic cell.
 
     ``z`` is int16 of shape (n, d), ``rows`` int64 of shape (n,) with the label row of each record.
-    Returns int64 tensors: ``gram`` packed upper triangle p(p+1)/2, ``sums`` (num_rows, p),
-    ``counts`` (num_rows,).
+    Returns int64 tensors: ``sums`` (num_rows, p), ``counts`` (num_rows,).
     """
-    packed = torch.zeros(features * (features + 1) // 2, dtype=torch.int64)
     sums = torch.zeros(num_rows, features, dtype=torch.int64)
     counts = torch.bincount(rows, minlength=num_rows).to(torch.int64)
-    if len(z):
-        gram = torch.zeros(features, features, dtype=torch.int64)
-        block = max(1, min(8192, (_EXACT_FLOAT32 - 1) // (2**bits - 1) ** 2))
-        for part, labels in zip(torch.split(z, block), torch.split(rows, block), strict=True):
-            phi = expand(part, features=features, bits=bits, seed=seed)
-            gram += (phi.T @ phi).to(torch.int64)
-            sums += _row_sums(phi, labels, num_rows).to(torch.int64)
-        packed = pack(gram)
-    return {GRAM: packed, SUMS: sums, COUNTS: counts}
+    block = _block(bits)
+    for part, labels in zip(torch.split(z, block), torch.split(rows, block), strict=True):
+        phi = expand(part, features=features, bits=bits, seed=seed)
+        sums += _row_sums(phi, labels, num_rows).to(torch.int64)
+    return {SUMS: sums, COUNTS: counts}
+
+
+def scatter(z: Tensor, *, features: int, bits: int, seed: int) -> dict[str, Tensor]:
+    """The addend of one site to one scatter cell, whatever the labels of its records.
+
+    ``z`` is int16 of shape (n, d). Returns int64 ``gram``, the packed upper triangle p(p+1)/2.
+    """
+    if not len(z):
+        return {GRAM: torch.zeros(features * (features + 1) // 2, dtype=torch.int64)}
+    gram = torch.zeros(features, features, dtype=torch.int64)
+    for part in torch.split(z, _block(bits)):
+        phi = expand(part, features=features, bits=bits, seed=seed)
+        gram += (phi.T @ phi).to(torch.int64)
+    return {GRAM: pack(gram)}
+
+
+def analytic(
+    z: Tensor, rows: Tensor, *, num_rows: int, features: int, bits: int, seed: int
+) -> dict[str, Tensor]:
+    """``by_label`` and ``scatter`` of the same records, where nobody sums them apart."""
+    recipe = {"features": features, "bits": bits, "seed": seed}
+    return {**scatter(z, **recipe), **by_label(z, rows, num_rows=num_rows, **recipe)}
+
+
+def records_floor(features: int, width: int) -> int:
+    """Records below which a Gram of ``features`` columns comes too close to showing them.
+
+    n records have n d unknowns and G has p(p+1)/2 equations: max(4p, p^2 / 2d), a heuristic.
+    """
+    return max(4 * features, features**2 // (2 * width))
 
 
 def router(z: Tensor, rows: Tensor, *, num_rows: int) -> dict[str, Tensor]:
@@ -113,6 +139,12 @@ def check_exact(*, width: int, features: int, bits: int, seed: int) -> None:
             "float32 matrix products on this machine are not exact for small integers; switch "
             "off TF32 and reduced-precision matmul modes before contributing statistics"
         )
+
+
+def _block(bits: int) -> int:
+    """Records whose Gram is exact in float32."""
+    largest: int = (2**bits - 1) ** 2
+    return max(1, min(8192, (_EXACT_FLOAT32 - 1) // largest))
 
 
 def _row_sums(values: Tensor, rows: Tensor, num_rows: int) -> Tensor:

@@ -5,7 +5,7 @@ window in which they reached it, and held-out records to ask about. Window 1 is 
 """
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -119,6 +119,47 @@ def arrivals(sizes: Mapping[str, int], *, windows: int, seed: int) -> dict[str, 
         window[group] = min(load, key=lambda w: load[w])
         load[window[group]] += felt[group]
     return window
+
+
+def deal(labels: Sequence[str], names: Sequence[str], *, partition: str, seed: int) -> list[str]:
+    """One of the sites ``names`` for each record, whose label is given.
+
+    ``partition`` is "iid" (shares of equal size), "by-label" (whole labels dealt out; sites share
+    a label where labels are fewer), or "dirichlet:" and a concentration (drawn from shares of each
+    label's own).
+    """
+    chance = seeded(seed, "sites")
+    if partition == "iid":
+        drawn = [names[i % len(names)] for i in range(len(labels))]
+        chance.shuffle(drawn)
+        return drawn
+    distinct = sorted(set(labels))
+    chance.shuffle(distinct)
+    if partition == "by-label":
+        homes = {
+            label: names[i % len(names) :: len(distinct)]
+            if len(distinct) < len(names)
+            else [names[i % len(names)]]
+            for i, label in enumerate(distinct)
+        }
+        passed: Counter[str] = Counter()
+        drawn = []
+        for label in labels:
+            drawn.append(homes[label][passed[label] % len(homes[label])])
+            passed[label] += 1
+        return drawn
+    alpha = float(partition.removeprefix("dirichlet:"))
+    # A tiny concentration underflows to zero everywhere; the floor keeps the shares a distribution.
+    shares = {
+        label: [max(chance.gammavariate(alpha, 1.0), 1e-300) for _ in names] for label in distinct
+    }
+    return [chance.choices(names, shares[label])[0] for label in labels]
+
+
+def numbered(sites: int) -> list[str]:
+    """Names for simulated sites, of equal length: site-01 to site-12."""
+    width = len(str(sites))
+    return [f"site-{number:0{width}d}" for number in range(1, sites + 1)]
 
 
 def first_windows(catalogue: Catalogue, sites: Mapping[str, Dataset]) -> dict[str, int]:

@@ -1,17 +1,20 @@
 """Views: a model as a pure function of live cells, as of a world time and a knowledge time.
 
-Read-outs from summed statistics alone (mu_c = s_c / n_c, n = sum n_c, C labels)::
+Read-outs from summed statistics alone (mu_c = s_c / n_c, C labels)::
 
-    S_w    = ( G - sum_c s_c s_c^T / n_c ) / n
+    S_w    = ( G - sum_c s_c s_c^T / n_c ) / n        G, s, n over what scatter cells cover
     pooled : H = sum_c mu_c mu_c^T + C S_w;  V = (H + lam diag_mean(H) I)^-1 [mu_1 .. mu_C]
     lda    : V = (S_w + lam diag_mean(S_w) I)^-1 [mu_c];  score_c = V_c' phi - mu_c' V_c / 2
-    root   : V = (G + lam diag_mean(G) I)^-1 [ s_c / sqrt(n_c) ]
+    root   : V = (G + lam diag_mean(G) I)^-1 [ s_c / sqrt(n_c) ],  G = n S_w + sum_c n_c mu_c mu_c^T
     tree   : pooled at every level of the label tree; a node's score is its own, plus ``down``
              times the best score below it, plus ``up`` times its ancestors' scores
 
 ``pooled`` equals the 1/n_c-weighted ridge when classes share their within-class covariance, but
-stays a function of sums. LoRA cells of one module merge by B = (sum S)(sum Gamma + lam tau I)^-1
-(Gram merge; LoRM, ICLR 2025, with A shared) or by the mean of B.
+stays a function of sums. S_w is a nuisance statistic that all labels share and that changes
+slowly: labels newer than the last scatter cell, and held sets, use the S_w there is; before the
+first one S_w is zero and a ridge is all that shrinks. LoRA cells of one module merge by
+B = (sum S)(sum Gamma + lam tau I)^-1 (Gram merge; LoRM, ICLR 2025, with A shared) or by the mean
+of B.
 """
 
 import hashlib
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from fedkola.errors import BasisMismatch, KnowledgeError, UnknownCell
 from fedkola.knowledge import basis
-from fedkola.knowledge.bank import Bank, Cell, CellKind, select, valid_labels
+from fedkola.knowledge.bank import Bank, Cell, CellKind, covered, select, valid_labels
 from fedkola.knowledge.router import Part, Router
 from fedkola.knowledge.router import build as build_router
 from fedkola.knowledge.statistics import COUNTS, GRAM, SUMS, expand, unpack
@@ -111,13 +114,15 @@ def compute(
         kind: select(bank, kind, valid_at=valid_at, known_at=known_at, held=held)
         for kind in CellKind
     }
+    if not chosen[CellKind.ANALYTIC]:
+        chosen[CellKind.SCATTER] = ()
     if not any(chosen.values()):
         raise UnknownCell(
             f"no cell is live as of valid_at={valid_at}, known_at={known_at}, held={held}; "
             "`fedkola bank ls` shows what there is"
         )
     answers = valid_labels(bank, valid_at=valid_at, known_at=known_at)
-    analytic, routers, loras = (chosen[kind] for kind in CellKind)
+    analytic, routers, loras, scatters = (chosen[kind] for kind in CellKind)
     name = identity(
         [c for cells in chosen.values() for c in cells],
         rule,
@@ -131,12 +136,12 @@ def compute(
     view = View(
         id=name,
         cells=tuple(c.about.id for cells in chosen.values() for c in cells),
-        modules=tuple(dict.fromkeys(c.about.module for cells in chosen.values() for c in cells)),
+        modules=tuple(dict.fromkeys(c.about.module for c in (*analytic, *routers, *loras))),
         rule=rule,
         valid_at=valid_at,
         known_at=known_at,
         held=None if held is None else tuple(held),
-        head=_head(analytic, catalogue, rule, answers, now) if analytic else None,
+        head=_head(bank, analytic, scatters, catalogue, rule, answers, now) if analytic else None,
         router=_router(routers, rule, now) if routers else None,
         adapters=_adapters(loras, rule, now, targets or {}),
     )
@@ -332,26 +337,39 @@ def load(folder: Path) -> tuple[View, dict[str, Any]]:
     return view, document["provenance"]
 
 
+def scatter(gram: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """S_w (p, p) from G (p, p), s (C, p), n (C,) of the same records; zeros without records."""
+    if not bool(counts.any()):
+        return torch.zeros_like(gram)
+    filled = counts > 0
+    sums, counts = sums[filled], counts[filled]
+    return torch.addmm(gram, sums.T / counts, sums, alpha=-1).div_(counts.sum())
+
+
 def read_out(
-    gram: Tensor, sums: Tensor, counts: Tensor, *, rule: str, lam: float
+    within: Tensor, sums: Tensor, counts: Tensor, *, rule: str, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """V (p, C) and bias (C,) float32 from G (p, p), s (C, p), n (C,), all float64, n > 0."""
-    p, num_labels = gram.shape[0], len(counts)
+    """V (p, C) and bias (C,) float32 from S_w (p, p), s (C, p), n (C,), all float64, n > 0.
+
+    ``within`` is overwritten.
+    """
+    num_labels = len(counts)
     means = sums / counts[:, None]
     bias = torch.zeros(num_labels, dtype=torch.float32)
     if rule == "root":
-        return _solve(gram.clone(), (sums / counts.sqrt()[:, None]).T, lam), bias
-    within = (gram - (sums.T / counts) @ sums) / counts.sum()
+        gram = within.mul_(counts.sum()).addmm_(sums.T / counts, sums)
+        return _solve(gram, (sums / counts.sqrt()[:, None]).T, lam), bias
     if rule == "lda":
         # One record per label leaves no scatter at all; the ridge then needs a floor of its own.
-        weights = _solve(within, means.T, lam, floor=1e-6 * float(gram.diagonal().mean()) / p)
+        spread = float((within.diagonal() * counts.sum() + (means * sums).sum(0)).mean())
+        weights = _solve(within, means.T, lam, floor=1e-6 * spread / within.shape[0])
         return weights, -(means.to(torch.float32) * weights.T).sum(1) / 2
     within.mul_(num_labels).addmm_(means.T, means)
     return _solve(within, means.T, lam), bias
 
 
 def ridge(lam: float, *, features: int, records: float) -> float:
-    """The ridge for this many records: lam + (p / 2n)^2.
+    """The ridge for a scatter of this many records: lam + (p / 2n)^2.
 
     Near n = p a ridge that suits many records interpolates noise (double descent): at p = 1024 and
     n = 1,116 lam = 1e-4 gives less than half the accuracy of lam = 0.3, at n = 18,806 they lose
@@ -388,29 +406,29 @@ def _recipe(cells: Sequence[Cell], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _head(
+    bank: Bank,
     cells: Sequence[Cell],
+    scatters: Sequence[Cell],
     catalogue: Catalogue,
     rule: Rule,
     answers: Mapping[str, Sequence[str]],
     now: int,
 ) -> Head:
-    recipe = _recipe(cells, ("features", "bits", "seed"))
+    recipe = _recipe([*cells, *scatters], ("features", "bits", "seed"))
     p = int(recipe["features"])
-    position = {label.code: i for i, label in enumerate(catalogue.labels)}
-    sums = torch.zeros(len(catalogue.labels), p, dtype=torch.float64)
-    counts = torch.zeros(len(catalogue.labels), dtype=torch.float64)
-    packed = torch.zeros(p * (p + 1) // 2, dtype=torch.float64)
-    for cell in cells:
-        weight, words = _weight(cell, rule, now), cell.total.words
-        index = torch.tensor([position[code] for code in cell.about.labels], dtype=torch.int64)
-        # Weighted integers stay exact in float64 when the weight is 1.
-        packed.add_(words[GRAM], alpha=weight)
-        sums.index_add_(0, index, words[SUMS].to(torch.float64) * weight)
-        counts.index_add_(0, index, words[COUNTS].to(torch.float64) * weight)
+    sums, counts = _rows(cells, [_weight(cell, rule, now) for cell in cells], catalogue, p)
     filled = torch.nonzero(counts > 0).flatten()
     labels = [catalogue.labels[int(i)] for i in filled]
-    sums, counts, gram = sums[filled], counts[filled], unpack(packed, p)
-    lam = ridge(rule.lam, features=p, records=float(counts.sum()))
+    sums, counts = sums[filled], counts[filled]
+    # Half-lives age the means; the scatter is that of the records it was summed over, all alike.
+    under = [cell for held in scatters for cell in covered(bank, held.about)]
+    pool_sums, pool_counts = _rows(under, [1.0] * len(under), catalogue, p)
+    packed = torch.zeros(p * (p + 1) // 2, dtype=torch.float64)
+    for held in scatters:
+        packed += held.total.words[GRAM]
+    gram = unpack(packed, p)
+    records = float(pool_counts.sum()) or float(counts.sum())
+    lam = ridge(rule.lam, features=p, records=records)
     nodes, parents, weights, biases = [], [], [], []
     levels = len(catalogue.levels)
     for level in range(levels):
@@ -423,7 +441,8 @@ def _head(
             node_sums = torch.zeros(len(names), p, dtype=torch.float64).index_add_(0, index, sums)
             node_counts = torch.zeros(len(names), dtype=torch.float64).index_add_(0, index, counts)
             kind = "pooled" if rule.readout == "tree" else rule.readout
-            solved, bias = read_out(gram, node_sums, node_counts, rule=kind, lam=lam)
+            within = scatter(gram, *_by_node(pool_sums, pool_counts, catalogue, level))
+            solved, bias = read_out(within, node_sums, node_counts, rule=kind, lam=lam)
         else:
             solved, bias = torch.zeros(0), torch.zeros(0)
         weights.append(solved)
@@ -440,6 +459,32 @@ def _head(
         up=rule.up,
         down=rule.down,
     )
+
+
+def _rows(
+    cells: Sequence[Cell], weights: Sequence[float], catalogue: Catalogue, features: int
+) -> tuple[Tensor, Tensor]:
+    """s (C, p) and n (C,) float64 over all labels of the catalogue, weighted by cell."""
+    position = {label.code: i for i, label in enumerate(catalogue.labels)}
+    sums = torch.zeros(len(position), features, dtype=torch.float64)
+    counts = torch.zeros(len(position), dtype=torch.float64)
+    for cell, weight in zip(cells, weights, strict=True):
+        index = torch.tensor([position[code] for code in cell.about.labels], dtype=torch.int64)
+        # Weighted integers stay exact in float64 when the weight is 1.
+        sums.index_add_(0, index, cell.total.words[SUMS].to(torch.float64) * weight)
+        counts.index_add_(0, index, cell.total.words[COUNTS].to(torch.float64) * weight)
+    return sums, counts
+
+
+def _by_node(
+    sums: Tensor, counts: Tensor, catalogue: Catalogue, level: int
+) -> tuple[Tensor, Tensor]:
+    """Rows by label added up to rows by node of a level."""
+    order = {name: i for i, name in enumerate(catalogue.nodes(level))}
+    index = torch.tensor([order[label.path[level]] for label in catalogue.labels])
+    node_sums = torch.zeros(len(order), sums.shape[1], dtype=torch.float64)
+    node_counts = torch.zeros(len(order), dtype=torch.float64)
+    return node_sums.index_add_(0, index, sums), node_counts.index_add_(0, index, counts)
 
 
 def _successors(codes: Sequence[str], answers: Mapping[str, Sequence[str]]) -> Tensor:

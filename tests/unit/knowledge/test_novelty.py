@@ -120,10 +120,19 @@ def test_kappa_is_the_edge_that_99_of_100_windows_stay_below():
     assert novelty.quantile(ratio // 3) == 2.0
 
 
-def test_small_windows_and_a_young_bank_are_not_judged_new():
-    assert novelty.discoverable(learnt(0.0, 8, records=20), 384, floor=384)
-    assert not novelty.discoverable(learnt(0.0, 8, records=20), 383, floor=384)
-    assert not novelty.discoverable(learnt(0.0, 7, records=20), 384, floor=384)
+@pytest.mark.parametrize(
+    ("windows", "records", "observed", "new"),
+    [
+        (8, 384, 2.1, True),
+        (8, 383, 9.0, False),  # too small: it waits
+        (7, 384, 3.9, False),  # b is uncertain, and this is less than twice the limit of 2
+        (7, 384, 4.1, True),
+        (2, 384, 99.0, False),  # nothing to judge by
+    ],
+)
+def test_small_windows_and_a_young_bank_are_careful_with_novelty(windows, records, observed, new):
+    window = Distance(module="m@1", records=records, observed=observed, sampling=1.0)
+    assert novelty.discoverable(learnt(0.0, windows, records=20), window, floor=384) is new
 
 
 def test_two_novelties_fall_into_two_buckets_and_equal_ones_into_one():

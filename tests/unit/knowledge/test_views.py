@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_bank import GRID, WIDTH, about, catalogue, embeddings, sealed, total
+from small_bank import GRID, WIDTH, about, catalogue, embeddings, pooled, sealed, total
 from torch import Tensor
 
 from fedkola.errors import BasisMismatch, UnknownCell
@@ -20,6 +20,9 @@ TREE = catalogue(SCOPES)
 HEART, LUNG = ("heart-1", "heart-2"), ("lung-1", "lung-2")
 HEART_CODES = ["heart-1", "heart-2"] * 5
 LUNG_CODES = ["lung-1", "lung-2"] * 5
+MIXED = ("heart-2", "lung-1")
+MIXED_CODES = ["heart-2", "lung-1"] * 5
+KINDS = (CellKind.ANALYTIC, CellKind.ROUTER, CellKind.SCATTER)
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +30,12 @@ def _solved_again():
     views._RECENT.clear()
 
 
+def one_round() -> Bank:
+    return sealed(Bank(), "heart", 1, HEART, HEART_CODES, seed=1, kinds=KINDS)
+
+
 def two_rounds() -> Bank:
-    bank = sealed(Bank(), "heart", 1, HEART, HEART_CODES, seed=1)
-    return sealed(bank, "lung", 2, LUNG, LUNG_CODES, seed=2)
+    return sealed(one_round(), "lung", 2, LUNG, LUNG_CODES, seed=2, kinds=KINDS)
 
 
 def answers(view: View, codes: list[str], *, level: int = 0) -> list[str]:
@@ -65,7 +71,8 @@ def test_pooled_equals_the_ridge_that_weighs_every_record_by_its_class_size():
     targets = torch.nn.functional.one_hot(rows, 3).double() * weight[:, None]
     ridge = 1e-3 * h.diagonal().mean() * torch.eye(6, dtype=torch.float64)
     explicit = torch.linalg.solve(h + ridge, phi.T @ targets)
-    got, bias = views.read_out(gram, sums, counts, rule="pooled", lam=1e-3)
+    within = views.scatter(gram, sums, counts)
+    got, bias = views.read_out(within, sums, counts, rule="pooled", lam=1e-3)
     assert torch.allclose(sums / counts[:, None], means)
     assert torch.allclose(got.double(), explicit, rtol=1e-4, atol=1e-6)
     assert bias.tolist() == [0, 0, 0]
@@ -79,13 +86,15 @@ def test_lda_and_root_are_their_formulas():
     within = centred.T @ centred / len(phi)
     floor = 1e-6 * gram.diagonal().mean() / 6
     v = torch.linalg.solve(within + (0.1 * within.diagonal().mean() + floor) * eye, means.T)
-    got, bias = views.read_out(gram, sums, counts, rule="lda", lam=0.1)
+    scatter = views.scatter(gram, sums, counts)
+    assert torch.allclose(scatter, within)
+    got, bias = views.read_out(scatter, sums, counts, rule="lda", lam=0.1)
     assert torch.allclose(got.double(), v, rtol=1e-4, atol=1e-6)
     assert torch.allclose(bias.double(), -(means * v.T).sum(1) / 2, rtol=1e-4, atol=1e-4)
     v = torch.linalg.solve(
         gram + 0.1 * gram.diagonal().mean() * eye, (sums / counts.sqrt()[:, None]).T
     )
-    got, bias = views.read_out(gram, sums, counts, rule="root", lam=0.1)
+    got, bias = views.read_out(within, sums, counts, rule="root", lam=0.1)
     assert torch.allclose(got.double(), v, rtol=1e-4, atol=1e-6)
     assert not bias.any()
 
@@ -93,9 +102,9 @@ def test_lda_and_root_are_their_formulas():
 def test_one_record_per_label_still_has_a_read_out():
     means = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     for rule in ("pooled", "lda", "root"):
-        got, _ = views.read_out(
-            means.T @ means, means, torch.ones(2, dtype=torch.float64), rule=rule, lam=1e-3
-        )
+        counts = torch.ones(2, dtype=torch.float64)
+        within = views.scatter(means.T @ means, means, counts)
+        got, _ = views.read_out(within, means, counts, rule=rule, lam=1e-3)
         assert bool(torch.isfinite(got).all())
 
 
@@ -194,16 +203,17 @@ def test_windows_of_one_scope_give_the_model_of_one_shot_bit_for_bit():
 
 def put(bank: Bank, number: int, labels: tuple[str, ...], codes: list[str], z: Tensor) -> Bank:
     cell = about(CellKind.ANALYTIC, "all@1", number, labels, records=len(codes))
-    return banks.seal(bank, cell, total(CellKind.ANALYTIC, labels, codes, z))
+    bank = banks.seal(bank, cell, total(CellKind.ANALYTIC, labels, codes, z))
+    return pooled(bank, number, z, [cell.id])
 
 
 def test_the_past_is_a_view_of_what_was_known_and_of_what_held_then():
     bank = two_rounds()
-    first = sealed(Bank(), "heart", 1, HEART, HEART_CODES, seed=1)
-    then = views.compute(first, TREE, Rule(), now=1)
+    then = views.compute(one_round(), TREE, Rule(), now=1)
     for asof in ({"known_at": 1}, {"valid_at": 1.0}, {"known_at": 1, "valid_at": 1.9}):
         view = views.compute(bank, TREE, Rule(), now=2, **asof)
-        assert view.id == then.id
+        # What held in window 1 is told apart with the scatter that is known now.
+        assert (view.id == then.id) == ("known_at" in asof)
         assert (view.known_at, view.valid_at) == (asof.get("known_at"), asof.get("valid_at"))
         assert set(answers(view, list(LUNG))) <= set(HEART)
     assert views.compute(bank, TREE, Rule(), now=2).id != then.id
@@ -246,16 +256,23 @@ def test_a_split_label_is_answered_by_the_successor_that_was_opened_first():
 
 
 def test_half_life_halves_what_is_one_half_life_older():
+    z = torch.cat([embeddings(HEART_CODES, seed=1), embeddings(MIXED_CODES, seed=2)])
     bank = sealed(Bank(), "heart", 1, HEART, HEART_CODES, seed=1, kinds=[CellKind.ANALYTIC])
-    bank = sealed(bank, "lung", 3, LUNG, LUNG_CODES, seed=2, kinds=[CellKind.ANALYTIC])
+    bank = sealed(bank, "lung", 3, MIXED, MIXED_CODES, seed=2, kinds=[CellKind.ANALYTIC])
+    bank = pooled(bank, 3, z, [cell.about.id for cell in bank.cells])
     rule = Rule(readout="pooled", half_life=2.0)
     aged = views.compute(bank, TREE, rule, now=3)
-    old, new = (cell.total.words for cell in bank.cells)
-    gram = 0.5 * old["gram"].double() + new["gram"].double()
-    sums = torch.cat([0.5 * old["sums"].double(), new["sums"].double()])
-    counts = torch.cat([0.5 * old["counts"].double(), new["counts"].double()])
-    lam = views.ridge(rule.lam, features=16, records=15.0)
-    expected, _ = views.read_out(statistics.unpack(gram, 16), sums, counts, rule="pooled", lam=lam)
+    old, new, pool = (cell.total.words for cell in bank.cells)
+
+    def rows(weight: float) -> tuple[Tensor, Tensor]:
+        (s1, n1), (s2, n2) = ((w["sums"].double(), w["counts"].double()) for w in (old, new))
+        sums = torch.stack([weight * s1[0], weight * s1[1] + s2[0], s2[1]])
+        return sums, torch.stack([weight * n1[0], weight * n1[1] + n2[0], n2[1]])
+
+    # The means age, the scatter is that of all the records it covers.
+    within = views.scatter(statistics.unpack(pool["gram"], 16).double(), *rows(1.0))
+    lam = views.ridge(rule.lam, features=16, records=20.0)
+    expected, _ = views.read_out(within, *rows(0.5), rule="pooled", lam=lam)
     assert aged.head is not None
     assert torch.equal(aged.head.weights[0], expected)
     ageless = views.compute(bank, TREE, replace(rule, half_life=None), now=3)
@@ -295,6 +312,56 @@ def test_a_view_is_the_same_after_saving_and_loading(tmp_path: Path, readout: st
 def test_a_folder_without_a_view_says_what_to_do(tmp_path: Path):
     with pytest.raises(UnknownCell, match="fedkola run"):
         views.load(tmp_path)
+
+
+# --- the pooled scatter -----------------------------------------------------------------------
+
+
+def test_before_the_first_scatter_cell_labels_are_told_apart_by_their_means():
+    bank = sealed(Bank(), "heart", 1, HEART, HEART_CODES, seed=1)
+    bank = sealed(bank, "lung", 2, LUNG, LUNG_CODES, seed=2)
+    view = views.compute(bank, TREE, Rule(), now=2)
+    asked = [*HEART, *LUNG]
+    assert answers(view, asked) == asked
+    assert view.id != views.compute(two_rounds(), TREE, Rule(), now=2).id
+
+
+def test_labels_newer_than_the_last_scatter_cell_use_the_scatter_there_is():
+    bank = sealed(one_round(), "lung", 2, LUNG, LUNG_CODES, seed=2)
+    view = views.compute(bank, TREE, Rule(readout="pooled"), now=2)
+    assert answers(view, [*HEART, *LUNG]) == [*HEART, *LUNG]
+    old, new = (cell.total.words for cell in banks.select(bank, CellKind.ANALYTIC))
+    (pool,) = banks.select(bank, CellKind.SCATTER)
+    gram = statistics.unpack(pool.total.words["gram"], 16).double()
+    within = views.scatter(gram, old["sums"].double(), old["counts"].double())
+    sums, counts = (torch.cat([old[n], new[n]]).double() for n in ("sums", "counts"))
+    lam = views.ridge(1e-4, features=16, records=10.0)
+    expected, _ = views.read_out(within, sums, counts, rule="pooled", lam=lam)
+    assert view.head is not None
+    assert torch.equal(view.head.weights[0], expected)
+
+
+def test_a_held_set_has_the_scatter_of_all_and_the_means_of_its_own():
+    bank = two_rounds()
+    view = views.compute(bank, TREE, Rule(readout="pooled"), now=2, held=["lung@1"])
+    scatters = {cell.about.id for cell in banks.select(bank, CellKind.SCATTER)}
+    assert scatters < set(view.cells)
+    assert view.modules == ("lung@1",)
+    grams = [cell.total.words["gram"] for cell in banks.select(bank, CellKind.SCATTER)]
+    parts = [cell.total.words for cell in banks.select(bank, CellKind.ANALYTIC)]
+    sums, counts = (torch.cat([part[n] for part in parts]).double() for n in ("sums", "counts"))
+    within = views.scatter(statistics.unpack(sum(grams), 16).double(), sums, counts)
+    lam = views.ridge(1e-4, features=16, records=20.0)
+    expected, _ = views.read_out(within, sums[2:], counts[2:], rule="pooled", lam=lam)
+    assert view.head is not None
+    assert torch.equal(view.head.weights[0], expected)
+
+
+def test_a_bank_of_scatter_alone_has_no_view():
+    bank = two_rounds()
+    rest = tuple(cell for cell in bank.cells if cell.about.kind is CellKind.SCATTER)
+    with pytest.raises(UnknownCell, match="no cell is live"):
+        views.compute(replace(bank, cells=rest), TREE, Rule(), now=2)
 
 
 # --- LoRA cells -----------------------------------------------------------------------------------

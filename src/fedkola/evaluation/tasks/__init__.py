@@ -10,7 +10,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from fedkola.errors import UnknownName
-from fedkola.evaluation.tasks import facts, files, icd10cm
+from fedkola.evaluation.tasks import (
+    cl_text,
+    clinc150,
+    facts,
+    files,
+    icd10cm,
+    icd_releases,
+    medquad,
+    realtimeqa,
+    situatedqa,
+    who_don,
+)
 from fedkola.evaluation.tasks.tables import nearest
 from fedkola.knowledge.stream import Stream
 from fedkola.plan import Plan
@@ -20,6 +31,13 @@ TASKS: Mapping[str, Callable[..., Stream]] = {
     "facts": facts.load,
     "files": files.load,
     "icd10cm": icd10cm.load,
+    "icd-releases": icd_releases.load,
+    "who-don": who_don.load,
+    "cl-text": cl_text.load,
+    "clinc150": clinc150.load,
+    "situatedqa": situatedqa.load,
+    "realtimeqa": realtimeqa.load,
+    "medquad": medquad.load,
 }
 
 

@@ -18,12 +18,19 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from math import isfinite, isnan, nan
 from pathlib import Path
-from random import Random
 
 from fedkola.errors import DataError, Incompatible, PlanError
 from fedkola.evaluation.tasks import tables
 from fedkola.evaluation.tasks.tables import Table
-from fedkola.knowledge.stream import Stream, arrivals, cap, first_windows, hash_share, seeded
+from fedkola.knowledge.stream import (
+    Stream,
+    arrivals,
+    cap,
+    deal,
+    first_windows,
+    hash_share,
+    numbered,
+)
 from fedkola.plan import Task
 from fedkola.quality.intake import admit, plain
 from fedkola.types import Catalogue, Dataset, Label
@@ -468,44 +475,10 @@ def _sited(rows: Sequence[Row], task: Task, seed: int, found: Findings) -> list[
     """The rows, each with a site: its own, or one of ``task.sites`` that are simulated."""
     if found.origins:
         return list(rows)
-    width = len(str(task.sites))
-    names = [f"site-{number:0{width}d}" for number in range(1, task.sites + 1)]
+    names = numbered(task.sites)
     found.origins.update((name, f"simulated, {task.partition}") for name in names)
-    chance = seeded(seed, "sites")
-    if task.partition == "iid":
-        drawn = [names[i % len(names)] for i in range(len(rows))]
-        chance.shuffle(drawn)
-    else:
-        drawn = _by_labels(rows, names, task.partition, chance)
+    drawn = deal([row.label for row in rows], names, partition=task.partition, seed=seed)
     return [replace(row, site=site) for row, site in zip(rows, drawn, strict=True)]
-
-
-def _by_labels(
-    rows: Sequence[Row], names: Sequence[str], partition: str, chance: Random
-) -> list[str]:
-    """Sites by label: drawn from shares of each label's own ("dirichlet:" and a concentration), or
-    whole labels dealt out ("by-label"; sites share a label where labels are fewer)."""
-    labels = sorted({row.label for row in rows})
-    chance.shuffle(labels)
-    if partition == "by-label":
-        homes = {
-            label: names[i % len(names) :: len(labels)]
-            if len(labels) < len(names)
-            else [names[i % len(names)]]
-            for i, label in enumerate(labels)
-        }
-        passed: Counter[str] = Counter()
-        drawn = []
-        for row in rows:
-            drawn.append(homes[row.label][passed[row.label] % len(homes[row.label])])
-            passed[row.label] += 1
-        return drawn
-    alpha = float(partition.removeprefix("dirichlet:"))
-    # A tiny concentration underflows to zero everywhere; the floor keeps the shares a distribution.
-    shares = {
-        label: [max(chance.gammavariate(alpha, 1.0), 1e-300) for _ in names] for label in labels
-    }
-    return [chance.choices(names, shares[row.label])[0] for row in rows]
 
 
 def _sites(rows: Sequence[Row], task: Task, found: Findings) -> dict[str, Dataset]:

@@ -85,23 +85,19 @@ def load(task: Task, *, seed: int) -> Stream:
     last window) and ``per_label``. Raises PlanError for values outside these, DataError where the
     package is missing.
     """
-    _check(task)
+    check(task)
     catalogue, everything = tabular()
     codes, asked = _subset(task, seed)
     chapters: defaultdict[int, list[Code]] = defaultdict(list)
     for code in codes:
         chapters[code.chapter].append(code)
     arrival = arrivals(
-        {_chapter_name(number): len(rows) for number, rows in chapters.items()},
+        {chapter_name(number): len(rows) for number, rows in chapters.items()},
         windows=task.windows,
         seed=seed,
     )
     houses = hospitals(task.sites)
-    held: dict[str, list[Code]] = {name: [] for name in houses}
-    for number, rows in chapters.items():
-        chance = seeded(seed, "split", str(number))
-        for name, share in _split(rows, _weights(houses, number, chance), task, chance).items():
-            held[name] += share
+    held = divide(codes, houses, task, seed=seed)
     sites = {name: _dataset(name, rows, arrival, task, seed) for name, rows in held.items()}
     first = first_windows(catalogue, sites)
     return Stream(
@@ -118,7 +114,7 @@ def load(task: Task, *, seed: int) -> Stream:
         about={
             name: {
                 "specialty": house.specialty,
-                "scopes": tuple(_scope(number) for number in sorted(house.chapters)),
+                "scopes": tuple(scope(number) for number in sorted(house.chapters)),
             }
             for name, house in houses.items()
         },
@@ -153,19 +149,39 @@ def hospitals(sites: int) -> dict[str, Hospital]:
     return houses
 
 
+def divide(
+    codes: Sequence[Code], houses: Mapping[str, Hospital], task: Task, *, seed: int
+) -> dict[str, list[Code]]:
+    """Which hospital holds which codes: each is at one that sees its chapter, a share
+    ``task.overlap`` at two."""
+    chapters: defaultdict[int, list[Code]] = defaultdict(list)
+    for code in codes:
+        chapters[code.chapter].append(code)
+    held: dict[str, list[Code]] = {name: [] for name in houses}
+    for number, rows in chapters.items():
+        chance = seeded(seed, "split", str(number))
+        for name, share in _split(rows, _weights(houses, number, chance), task, chance).items():
+            held[name] += share
+    return held
+
+
 @cache
 def tabular() -> tuple[Catalogue, tuple[Code, ...]]:
     """The catalogue of all categories with data and every code, in the order of the list.
 
     Raises DataError if the package or its file is absent.
     """
-    root = _read()
+    return parse(_read())
+
+
+def parse(root: ElementTree.Element) -> tuple[Catalogue, tuple[Code, ...]]:
+    """Catalogue and codes of a tabular list in the XML of the CDC."""
     codes: list[Code] = []
     labels: list[Label] = []
     texts: dict[str, str] = {}
     for chapter in root.iter("chapter"):
         number = int(_text(chapter, "name"))
-        name = _chapter_name(number)
+        name = chapter_name(number)
         texts[name] = _text(chapter, "desc")
         for section in chapter.iter("section"):
             block = section.attrib["id"]
@@ -174,7 +190,7 @@ def tabular() -> tuple[Catalogue, tuple[Code, ...]]:
                 texts[block] = _text(section, "desc")
                 texts[category] = _text(top, "desc")
                 labels.append(
-                    Label(code=category, path=(category, block, name), scope=_scope(number))
+                    Label(code=category, path=(category, block, name), scope=scope(number))
                 )
                 codes += [
                     Code(
@@ -215,15 +231,16 @@ def _synonyms(diag: ElementTree.Element) -> tuple[str, ...]:
     )
 
 
-def _chapter_name(number: int) -> str:
+def chapter_name(number: int) -> str:
     return f"chapter-{number}"
 
 
-def _scope(number: int) -> str:
-    return f"icd10cm/{_chapter_name(number)}"
+def scope(number: int) -> str:
+    return f"icd10cm/{chapter_name(number)}"
 
 
-def _check(task: Task) -> None:
+def check(task: Task) -> None:
+    """Raise PlanError for levels, sites and windows that 22 chapters at hospitals cannot have."""
     if task.level not in ("", *LEVELS):
         raise PlanError(
             f"task.level = {task.level!r} is no level of ICD-10-CM; set {', '.join(LEVELS)}"
@@ -338,6 +355,6 @@ def _arrivals(
     windows = []
     for code in rows:
         late = code.category in seen and chance.random() < task.backlog
-        windows.append(task.windows if late else arrival[_chapter_name(code.chapter)])
+        windows.append(task.windows if late else arrival[chapter_name(code.chapter)])
         seen.add(code.category)
     return windows
