@@ -331,35 +331,17 @@ def predict(
     "ls", epilog=_examples("fedkola bank ls runs/demo", "fedkola bank ls runs/demo --json")
 )
 def bank_ls(folder: Folder, as_json: AsJson = False) -> None:
-    """List the cells of the bank, what waits at the sites, and what was forgotten.
+    """List the modules of the bank, what waits at the sites, and what was forgotten.
 
-    The chain of events and the hashes of all tensors are verified on the way.
+    Single cells are in bank lineage. The chain of events and the hashes of all
+    tensors are verified on the way.
     """
     with _bank(folder) as opened:
         document = _listing(opened)
     if as_json:
         _print_json(document)
         return
-    table = Table(title=f"{document['run']}, round {document['round']}", title_justify="left")
-    for name in ("cell", "module", "kind", "round", "slot"):
-        table.add_column(name, no_wrap=True)
-    for name in ("labels", "sites", "records", "MB"):
-        table.add_column(name, justify="right")
-    for cell in document["cells"]:
-        slot = "-" if cell["slot"] is None else str(cell["slot"])
-        size = f"{cell['bytes'] / 1e6:.1f}"
-        table.add_row(
-            cell["id"],
-            cell["module"],
-            cell["kind"],
-            str(cell["round"]),
-            slot,
-            str(len(cell["labels"])),
-            str(cell["contributors"]),
-            str(cell["records"]),
-            size,
-        )
-    _stdout().print(table)
+    _print_cells(document)
     for scope, records in document["parked"].items():
         print(f"parked: {scope}: {records} records; {WAITS}")
     for removal in document["removals"]:
@@ -400,6 +382,144 @@ def bank_show(
                 print(f"round {event['round']}: {event['kind']} {event['subject']}")
         else:
             print(f"{key}: {value if isinstance(value, str) else json.dumps(_plain(value))}")
+
+
+@bank.command(
+    "lineage",
+    epilog=_examples(
+        "fedkola bank lineage runs/demo icd10cm/chapter-10",
+        "fedkola bank lineage runs/demo icd10cm/chapter-10 --json",
+    ),
+)
+def bank_lineage(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(metavar="SCOPE", help="A scope, or a module of it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show where the knowledge of a scope comes from: its versions and their cells."""
+    from fedkola.evaluation import lineage
+
+    with _bank(folder) as opened:
+        document = lineage.lineage(opened.state.bank, opened.events, name)
+    if as_json:
+        _print_json(document)
+        return
+    _print_lineage(document)
+
+
+@bank.command(
+    "asof",
+    epilog=_examples(
+        "fedkola bank asof runs/demo --round 3",
+        "fedkola bank asof runs/demo --date 2026-11-22",
+        "fedkola bank asof runs/demo --date 2026-11-22T14:00 --json",
+    ),
+)
+def bank_asof(
+    folder: Folder,
+    round: Annotated[
+        int | None, typer.Option(min=1, help="What was known after this round.")
+    ] = None,
+    date: Annotated[
+        str, typer.Option(help="What was known at this date, in UTC unless it says else.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show what the bank knew after a round or at a date, from its chain of events.
+
+    To ask the model of that time: fedkola predict FOLDER TEXT --known-at N.
+    """
+    from fedkola.evaluation import lineage
+
+    with _bank(folder) as opened:
+        document = lineage.as_of(opened.events, round=round, date=date)
+    if as_json:
+        _print_json(document)
+        return
+    _print_asof(document)
+
+
+@bank.command(
+    "labels",
+    epilog=_examples(
+        "fedkola bank labels runs/demo",
+        "fedkola bank labels runs/demo --scope icd10cm/chapter-10",
+        "fedkola bank labels runs/demo --closed --json",
+    ),
+)
+def bank_labels(
+    folder: Folder,
+    scope: Annotated[str, typer.Option(help="Only labels of this scope.")] = "",
+    closed: Annotated[
+        bool, typer.Option("--closed", help="Only labels that were retired or replaced.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the labels the bank can answer with, since when, and what replaced those that ended."""
+    from fedkola.evaluation import lineage
+
+    with _bank(folder) as opened:
+        now = opened.state.number
+        rows = lineage.labels(opened.state.bank, scope=scope, now=now, closed=closed)
+    if as_json:
+        _print_json({"labels": rows})
+        return
+    ended = sum(not row["open"] for row in rows)
+    _print_table(
+        f"{len(rows)} labels, {ended} of them closed",
+        ("label", "scope", "from round", "until", "replaced by", "records"),
+        [
+            (
+                row["code"],
+                row["scope"],
+                f"{row['valid_from']:g}",
+                "" if row["valid_to"] is None else f"{row['valid_to']:g}",
+                ", ".join(row["replaced_by"]),
+                f"{row['records']:,}",
+            )
+            for row in rows
+        ],
+        right=("from round", "until", "records"),
+    )
+
+
+@bank.command(
+    "log",
+    epilog=_examples(
+        "fedkola bank log runs/demo",
+        "fedkola bank log runs/demo --kind forget --kind revoke",
+        "fedkola bank log runs/demo --about icd10cm/chapter-10 --since 3 --json",
+    ),
+)
+def bank_log(
+    folder: Folder,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only events of this kind; repeatable.")
+    ] = None,
+    since: Annotated[int, typer.Option(min=0, help="Only events of this round and later.")] = 0,
+    about: Annotated[
+        str, typer.Option(help="Only events of this cell, module, scope, label or receipt.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Print the chain of events, verified: everything that ever changed the bank, in order."""
+    from fedkola.evaluation import lineage
+
+    with _bank(folder) as opened:
+        rows = lineage.log(opened.events, kinds=kind or (), since=since, subject=about)
+        head = opened.chain_head
+    if as_json:
+        _print_json({"events": rows, "chain_head": head})
+        return
+    _print_table(
+        f"{len(rows)} events, chain verified, head {head[:16]}",
+        ("no.", "round", "when (UTC)", "event", "about", "what"),
+        [
+            (str(r["seq"]), str(r["round"]), r["at"], r["kind"], r["subject"], r["what"])
+            for r in rows
+        ],
+        right=("no.", "round"),
+    )
 
 
 @bank.command(
@@ -813,6 +933,7 @@ class Opened:
     events: "tuple[EventRow, ...]"
     removals: tuple[Mapping[str, Any], ...]
     chain_head: str
+    cold_bytes: int
 
 
 @contextmanager
@@ -826,6 +947,7 @@ def _bank(folder: Path) -> Iterator[Opened]:
 def _open_bank(ledger: "Ledger", folder: Path) -> Opened:
     from fedkola import wire
     from fedkola.algorithms.fedkola import State
+    from fedkola.knowledge import archive
 
     run = ledger.run()
     algorithm = run.plan["algorithm"]["name"]
@@ -843,7 +965,152 @@ def _open_bank(ledger: "Ledger", folder: Path) -> Opened:
         events=ledger.events(run.id),
         removals=tuple(removal["receipt"] for removal in ledger.removals(run.id)),
         chain_head=head,
+        cold_bytes=archive.size(archive.place(folder)),
     )
+
+
+def _print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    right: Sequence[str] = (),
+) -> None:
+    # A title inside the table is folded to its width.
+    if title:
+        print(title)
+    table = Table()
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    sys.stdout.flush()
+    _stdout().print(table)
+
+
+def _print_cells(document: Mapping[str, Any]) -> None:
+    """The modules of a bank, one row each with what its cells hold; single cells are in --json."""
+    rows = []
+    for module in (*document["modules"], {"id": "", "state": "", "version": "", "slot": None}):
+        mine = [c for c in document["cells"] if c["module"] == module["id"]]
+        if not module["id"]:
+            named = {m["id"] for m in document["modules"]}
+            mine = [c for c in document["cells"] if c["module"] not in named]
+        if not mine and not module["id"]:
+            continue
+        kinds = [c["kind"] for c in mine]
+        rows.append(
+            (
+                module["id"] or mine[0]["module"],
+                module["state"],
+                ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds)) or "none",
+                _span([c["round"] for c in mine]),
+                "-" if module["slot"] is None else str(module["slot"]),
+                str(len({label for c in mine for label in c["labels"]})),
+                str(max((c["contributors"] for c in mine), default=0)),
+                f"{_most_records(mine):,}",
+                f"{sum(c['bytes'] for c in mine) / 1e6:.1f}",
+            )
+        )
+    _print_table(
+        f"{document['run']}, round {document['round']}: {len(document['cells'])} live cells",
+        ("module", "state", "cells", "rounds", "slot", "labels", "sites", "records", "MB"),
+        rows,
+        right=("rounds", "slot", "labels", "sites", "records", "MB"),
+    )
+    for fused in document["fused"]:
+        print(
+            f"fused: {', '.join(fused['modules'])} in slot {fused['slot']}, relative error "
+            f"{fused['error']:.2%}"
+        )
+    if document["cold"]:
+        purged = sum(cell["status"] == "purged" for cell in document["cold"])
+        print(
+            f"cold: {len(document['cold'])} cells, {purged} of them purged, "
+            f"{document['cold_bytes'] / 1e6:.1f} MB on disk"
+        )
+
+
+def _print_lineage(document: Mapping[str, Any]) -> None:
+    for module in document["versions"]:
+        ends = {
+            "superseded": f"superseded by {module['superseded_by']} in round {module['closed']}",
+            "retired": f"retired in round {module['closed']}",
+            "candidate": f"waits for its first cell, to supersede {module['supersedes']}",
+        }
+        print(
+            f"{module['id']}: {ends.get(module['state'], module['state'])}; opened in round "
+            f"{module['opened']} ({module['opened_at']} UTC), {module['labels']} labels, "
+            f"{module['records']:,} records"
+        )
+        if module["access"]:
+            print(f"only for {', '.join(module['access'])}")
+        if module["half_life"]:
+            print(f"half-life {module['half_life']:g} rounds")
+        _print_table(
+            "",
+            ("cell", "kind", "round", "sealed (UTC)", "sites", "records", "where"),
+            [
+                (
+                    cell["id"],
+                    cell["kind"],
+                    str(cell["round"]),
+                    cell["sealed"],
+                    str(cell["sites"]),
+                    f"{cell['records']:,}",
+                    _where(cell),
+                )
+                for cell in module["cells"]
+            ],
+            right=("round", "sites", "records"),
+        )
+
+
+def _where(cell: Mapping[str, Any]) -> str:
+    plain = {"sealed": "live", "revoked": "revoked", "archived": "archived", "purged": "purged"}
+    inside = f", counted in {cell['inside']}" if cell["inside"] else ""
+    return plain[cell["status"]] + inside
+
+
+def _print_asof(document: Mapping[str, Any]) -> None:
+    _print_table(
+        f"{document['when']}: {document['events']} events, the last of them in round "
+        f"{document['round']} at {document['last_event']} UTC",
+        ("module", "state", "labels", "retired", "cells", "records"),
+        [
+            (
+                module["id"],
+                module["state"],
+                str(module["labels"]),
+                str(module["retired_labels"]),
+                str(module["cells"]),
+                f"{module['records']:,}",
+            )
+            for module in document["modules"]
+        ],
+        right=("labels", "retired", "cells", "records"),
+    )
+    if document["removals_since"]:
+        print(
+            f"{document['removals_since']} removals came later: the counts are those of that time, "
+            "the records that were forgotten since can be asked no more"
+        )
+    print(f"head of the chain then: {document['chain_head'][:16]}")
+
+
+def _span(rounds: Sequence[int]) -> str:
+    if not rounds:
+        return ""
+    low, high = min(rounds), max(rounds)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _most_records(cells: Sequence[Mapping[str, Any]]) -> int:
+    """Lanes sum the same records, so the lane with most of them counts."""
+    by_kind: dict[str, int] = {}
+    for cell in cells:
+        by_kind[cell["kind"]] = by_kind.get(cell["kind"], 0) + cell["records"]
+    return max(by_kind.values(), default=0)
 
 
 def _listing(opened: Opened) -> dict[str, Any]:
@@ -859,6 +1126,9 @@ def _listing(opened: Opened) -> dict[str, Any]:
         "modules": list(metadata(held)["modules"].values()),
         "cells": [{**about, "bytes": size[name]} for name, about in cells.items()],
         "revoked": [about.id for about in held.revoked],
+        "cold": list(metadata(held)["cold"].values()),
+        "cold_bytes": opened.cold_bytes,
+        "fused": list(metadata(held)["fused"].values()),
         "labels": len(held.labels),
         "parked": dict(opened.state.parked),
         "removals": list(opened.removals),
@@ -893,7 +1163,7 @@ def _shown(opened: Opened, name: str) -> dict[str, Any]:
         cells = [cell.about.id for cell in held.cells if name in cell.about.labels]
         entry = {"what": "label", **known["labels"][name], "cells": cells}
         return {**entry, "history": _history(opened, {name})}
-    about = {**known["revoked"], **known["cells"]}
+    about = {**known["revoked"], **known["cold"], **known["cells"]}
     matches = [cell for cell in about if cell.startswith(name)] if name else []
     if len(matches) != 1:
         several = f"{len(matches)} cells start with {name!r}" if matches else f"no {name!r}"

@@ -207,7 +207,7 @@ class FedKoLa:
                 rows[label.scope].append(i)
         opened: list[Opening] = []
         parked: dict[str, int] = {}
-        modules = {module.scope: module for module in bank.modules}
+        modules = {scope: banks.module_of(bank, scope) for scope in scopes}
         for index, scope in enumerate(scopes):
             if records[index] == 0:
                 continue
@@ -220,13 +220,13 @@ class FedKoLa:
                 continue
             if records[index] > total:
                 parked[scope] = records[index] - total
-            module = modules.get(scope)
+            module = modules[scope]
             opened += [
                 Opening(
                     scope=scope,
                     module=module.id if module else f"{scope}@1",
                     kind=kind,
-                    slot=module.slot if module else -1,
+                    slot=-1 if module is None or module.slot is None else module.slot,
                     labels=tuple(rows[scope]),
                     records=total,
                 )
@@ -581,9 +581,12 @@ class FedKoLa:
         opened, parked = self.openings(votes, state.bank)
         scopes = tuple(dict.fromkeys(opening.scope for opening in opened))
         bank = banks.open_modules(state.bank, scopes, round=number, slots_max=self.slots_max)
-        slots = {module.id: module.slot for module in bank.modules}
         for opening in opened:
-            about = self._describe(number, replace(opening, slot=slots[opening.module]), cohort)
+            module = banks.module_of(bank, opening.scope)
+            assert module is not None
+            assert module.slot is not None
+            opening = replace(opening, module=module.id, slot=module.slot)
+            about = self._describe(number, opening, cohort)
             bank, survivors = self._fill(bank, about, cohort, clients)
             if survivors != cohort:
                 return state, survivors

@@ -63,8 +63,9 @@ class KnowledgeCell:
     """What a cell is, without its integers. ``words`` is the hash of the exact integer sum.
 
     ``quality`` holds factors in [0, 1] by name, whose product weighs the cell in every view;
-    ``privacy`` the rules it was opened under.
-    ``covers`` names the analytic cells whose records a scatter cell sums.
+    ``privacy`` the rules it was opened under. ``covers`` names the analytic cells whose records a
+    scatter cell sums, ``sources`` the cells that a sum of cells adds up; these stand in
+    ``Bank.cold`` meanwhile. ``base`` is the hash of the frozen model.
     """
 
     id: str
@@ -83,6 +84,8 @@ class KnowledgeCell:
     privacy: Mapping[str, Scalar] = field(default_factory=dict)
     status: Status = Status.SEALED
     covers: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +102,13 @@ class KnowledgeModule:
 
     ``access`` names the sites that may hold it (empty is all). ``half_life`` is in rounds; None
     takes that of the view's rule. ``closed`` is the round in which it was superseded or retired,
-    ``valid_to`` the world time (in rounds) from which it no longer holds.
+    ``valid_to`` the world time (in rounds) from which it no longer holds. A compacted module has
+    given its slot away, as its LoRA cells answer from a fused adapter.
     """
 
     id: str
     scope: str
-    slot: int
+    slot: int | None
     opened: int
     state: ModuleState = ModuleState.ACTIVE
     version: int = 1
@@ -127,11 +131,33 @@ class LabelEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FusedAdapter:
+    """One adapter in place of the LoRA cells of several modules: a cache, with its known error.
+
+    It stands for ``sum shares[m] B_m A_m`` over ``modules``, made in ``round`` from ``cells``,
+    which are in cold storage; ``adapter`` holds its factors by layer.
+    """
+
+    id: str
+    modules: tuple[str, ...]
+    shares: tuple[float, ...]
+    cells: tuple[str, ...]
+    slot: int
+    round: int
+    error: float
+    adapter: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Bank:
+    """``cold`` are cells whose integers are in cold storage, or purged from it."""
+
     cells: tuple[Cell, ...] = ()
     modules: tuple[KnowledgeModule, ...] = ()
     labels: tuple[LabelEntry, ...] = ()
     revoked: tuple[KnowledgeCell, ...] = ()
+    cold: tuple[KnowledgeCell, ...] = ()
+    fused: tuple[FusedAdapter, ...] = ()
 
 
 def cell_id(
@@ -173,13 +199,18 @@ def open_modules(
 ) -> Bank:
     """Give every scope without an open module one on the lowest free slot.
 
+    A module that was compacted takes a free slot again, as new cells of its scope are to come.
     ``access`` names, by scope, the sites that may hold it. Raises BasisMismatch when all slots are
     taken.
     """
     for scope in scopes:
-        if not any(m.scope == scope and _open(m) for m in bank.modules):
+        module = module_of(bank, scope)
+        if module is None:
             sites = tuple((access or {}).get(scope, ()))
             bank = _add_module(bank, scope, None, sites, round=round, slots_max=slots_max)
+        elif module.slot is None:
+            slot = _free_slot(bank, scope, slots_max)
+            bank = _changed(bank, replace(module, slot=slot, state=ModuleState.ACTIVE))
     return bank
 
 
@@ -379,6 +410,15 @@ def retire(bank: Bank, code: str, *, valid_to: float, replaced_by: Sequence[str]
     return replace(bank, labels=labels)
 
 
+def origins(bank: Bank) -> tuple[KnowledgeCell, ...]:
+    """Every cell that was sealed and not revoked, wherever its integers are now.
+
+    It is what sites' journals speak of: they never learn that cells were added up or archived.
+    """
+    every = (*(cell.about for cell in bank.cells), *bank.cold)
+    return tuple(about for about in every if not about.sources)
+
+
 def find(bank: Bank, cell: str) -> Cell:
     """The live cell of this id; raises UnknownCell."""
     for held in bank.cells:
@@ -409,6 +449,31 @@ def of_kind(bank: Bank, kind: CellKind) -> tuple[Cell, ...]:
     return tuple(cell for cell in bank.cells if cell.about.kind is kind)
 
 
+def read_then(about: KnowledgeCell, *, valid_at: float | None, known_at: int | None) -> bool:
+    """Whether a cell was known by a round, and holds at a world time (None is any)."""
+    start, end = about.valid
+    known = known_at is None or about.round <= known_at
+    holds = valid_at is None or (start <= valid_at and (end is None or valid_at < end))
+    return known and holds
+
+
+def all_then(
+    bank: Bank, about: KnowledgeCell, *, valid_at: float | None, known_at: int | None
+) -> bool:
+    """``read_then`` of a cell or of all parts of a sum; raises KnowledgeError if only of some."""
+    if not about.sources or (valid_at is None and known_at is None):
+        return read_then(about, valid_at=valid_at, known_at=known_at)
+    parts = [part for part in bank.cold if part.id in about.sources]
+    then = [read_then(part, valid_at=valid_at, known_at=known_at) for part in parts]
+    if any(then) and not all(then):
+        raise KnowledgeError(
+            f"cell {about.id} of {about.module} adds up rounds {min(p.round for p in parts)} to "
+            f"{about.round}, and valid_at={valid_at}, known_at={known_at} lies within; take its "
+            "parts out of cold storage first (archive.as_of)"
+        )
+    return all(then)
+
+
 def select(
     bank: Bank,
     kind: CellKind,
@@ -421,20 +486,18 @@ def select(
 
     Cells of a superseded or retired module are left out unless the time asked for is before its
     end, or before the end was known. Scatter cells belong to no module and serve every held set.
+    Raises KnowledgeError for a sum of cells of which that time
+    knew a part: its parts must come back from cold storage first.
     """
-    over = {m.id for m in bank.modules if not _answers(m, valid_at=valid_at, known_at=known_at)}
-    chosen = []
-    for cell in bank.cells:
-        start, end = cell.about.valid
-        if (
-            cell.about.kind is kind
-            and cell.about.module not in over
-            and (known_at is None or cell.about.round <= known_at)
-            and (valid_at is None or (start <= valid_at and (end is None or valid_at < end)))
-            and (held is None or kind is CellKind.SCATTER or cell.about.module in held)
-        ):
-            chosen.append(cell)
-    return tuple(chosen)
+    over = {m.id for m in bank.modules if not answers_then(m, valid_at=valid_at, known_at=known_at)}
+    return tuple(
+        cell
+        for cell in bank.cells
+        if cell.about.kind is kind
+        and cell.about.module not in over
+        and (held is None or kind is CellKind.SCATTER or cell.about.module in held)
+        and all_then(bank, cell.about, valid_at=valid_at, known_at=known_at)
+    )
 
 
 def valid_labels(
@@ -473,39 +536,43 @@ def events(before: Bank, after: Bank) -> tuple[Event, ...]:
     for entry in after.labels:
         if old_labels.get(entry.code) != entry:
             found.append(_event("LABEL", entry.code, asdict(entry)))
-    old_cells = {cell.about.id: cell.about for cell in before.cells}
-    for cell in after.cells:
-        before_it = old_cells.get(cell.about.id)
-        if before_it is None:
-            found.append(_event("SEAL", cell.about.id, asdict(cell.about)))
-        elif before_it.words != cell.about.words:
-            found.append(_event("WITHDRAW", cell.about.id, asdict(cell.about)))
-        elif before_it != cell.about:
-            found.append(_event("RATE", cell.about.id, asdict(cell.about)))
-    gone = {about.id for about in before.revoked}
-    for about in after.revoked:
-        if about.id not in gone:
-            found.append(_event("REVOKE", about.id, asdict(about)))
+    old_cells, new_cells = _every_cell(before), _every_cell(after)
+    for name, about in new_cells.items():
+        if old_cells.get(name) != about:
+            found.append(_event(_change(old_cells.get(name), about), name, asdict(about)))
+    found += [_event("SPLIT", name, {}) for name in old_cells if name not in new_cells]
+    old_fused = {each.id: _fused_document(each) for each in before.fused}
+    new_fused = {each.id: _fused_document(each) for each in after.fused}
+    for name, document in new_fused.items():
+        if old_fused.get(name) != document:
+            found.append(_event("FUSE", name, document))
+    found += [_event("DISSOLVE", name, {}) for name in old_fused if name not in new_fused]
     return tuple(found)
 
 
 def fold(history: Iterable[tuple[str, str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Replay (kind, subject, body) to the bank's metadata: modules, labels, live cells, revoked."""
+    """Replay (kind, subject, body) to the bank's metadata, as ``metadata`` gives it."""
     modules: dict[str, Any] = {}
     labels: dict[str, Any] = {}
     cells: dict[str, Any] = {}
-    revoked: dict[str, Any] = {}
+    fused: dict[str, Any] = {}
     for kind, subject, body in history:
         if kind in ("OPEN", *_CLOSINGS.values()):
             modules[subject] = body
         elif kind == "LABEL":
             labels[subject] = body
-        elif kind in ("SEAL", "WITHDRAW", "RATE"):
+        elif kind in _CELL_EVENTS:
             cells[subject] = body
-        elif kind == "REVOKE":
+        elif kind == "FUSE":
+            fused[subject] = body
+        elif kind == "SPLIT":
             cells.pop(subject, None)
-            revoked[subject] = body
-    return {"modules": modules, "labels": labels, "cells": cells, "revoked": revoked}
+        elif kind == "DISSOLVE":
+            fused.pop(subject, None)
+    places: dict[str, dict[str, Any]] = {"cells": {}, "revoked": {}, "cold": {}}
+    for subject, body in cells.items():
+        places[_PLACES[Status(body["status"])]][subject] = body
+    return {"modules": modules, "labels": labels, **places, "fused": fused}
 
 
 def metadata(bank: Bank) -> dict[str, dict[str, Any]]:
@@ -515,6 +582,23 @@ def metadata(bank: Bank) -> dict[str, dict[str, Any]]:
         "labels": {entry.code: _plain(asdict(entry)) for entry in bank.labels},
         "cells": {cell.about.id: _plain(asdict(cell.about)) for cell in bank.cells},
         "revoked": {about.id: _plain(asdict(about)) for about in bank.revoked},
+        "cold": {about.id: _plain(asdict(about)) for about in bank.cold},
+        "fused": {each.id: _plain(_fused_document(each)) for each in bank.fused},
+    }
+
+
+def label_records(bank: Bank) -> dict[str, int]:
+    """Records by label, from the lane of live cells that has most of them."""
+    lanes: dict[CellKind, dict[str, int]] = {}
+    for cell in bank.cells:
+        counts = cell.total.words.get(COUNTS)
+        if counts is not None:
+            lane = lanes.setdefault(cell.about.kind, {})
+            for code, count in zip(cell.about.labels, counts.tolist(), strict=True):
+                lane[code] = lane.get(code, 0) + count
+    return {
+        code: max(lane.get(code, 0) for lane in lanes.values())
+        for code in dict.fromkeys(code for lane in lanes.values() for code in lane)
     }
 
 
@@ -533,7 +617,45 @@ _CLOSINGS = {
     ModuleState.RETIRED: "RETIRE",
     ModuleState.COMPACTED: "COMPACT",
 }
+_CELL_EVENTS = ("SEAL", "SUM", "WITHDRAW", "RATE", "REVOKE", "ARCHIVE", "RESTORE", "PURGE")
+_PLACES = {
+    Status.SEALED: "cells",
+    Status.REVOKED: "revoked",
+    Status.ARCHIVED: "cold",
+    Status.PURGED: "cold",
+}
 _CLOSED = (ModuleState.SUPERSEDED, ModuleState.RETIRED)
+
+
+def _every_cell(bank: Bank) -> dict[str, KnowledgeCell]:
+    return {
+        about.id: about for about in (*(c.about for c in bank.cells), *bank.cold, *bank.revoked)
+    }
+
+
+def _change(old: KnowledgeCell | None, new: KnowledgeCell) -> str:
+    """The name of the event that made one cell into the other."""
+    moved = old is None or old.status is not new.status
+    if moved and new.status is not Status.SEALED:
+        return {"revoked": "REVOKE", "archived": "ARCHIVE", "purged": "PURGE"}[new.status.value]
+    if old is None or new.sources != old.sources:
+        return "SUM" if new.sources else "SEAL"
+    if moved:
+        return "RESTORE"
+    return "RATE" if replace(old, quality=new.quality) == new else "WITHDRAW"
+
+
+def _fused_document(fused: FusedAdapter) -> dict[str, Any]:
+    """A fused adapter in ledger form: what it stands for, without its factors."""
+    return {
+        "id": fused.id,
+        "modules": fused.modules,
+        "shares": fused.shares,
+        "cells": fused.cells,
+        "slot": fused.slot,
+        "round": fused.round,
+        "error": fused.error,
+    }
 
 
 def _open(module: KnowledgeModule) -> bool:
@@ -547,7 +669,7 @@ def _closed(
     return replace(module, state=state, closed=round, valid_to=end)
 
 
-def _answers(module: KnowledgeModule, *, valid_at: float | None, known_at: int | None) -> bool:
+def answers_then(module: KnowledgeModule, *, valid_at: float | None, known_at: int | None) -> bool:
     """Whether a module has weight in a view as of these times."""
     if module.closed is None or module.valid_to is None:
         return True
@@ -564,17 +686,11 @@ def _add_module(
     round: int,
     slots_max: int,
 ) -> Bank:
-    taken = {module.slot for module in bank.modules}
-    free = next((i for i in range(slots_max) if i not in taken), None)
-    if free is None:
-        raise BasisMismatch(
-            f"all {slots_max} slots are taken, {scope} needs one; raise knowledge.slots_max"
-        )
     version = 1 + max((m.version for m in bank.modules if m.scope == scope), default=0)
     module = KnowledgeModule(
         id=f"{scope}@{version}",
         scope=scope,
-        slot=free,
+        slot=_free_slot(bank, scope, slots_max),
         opened=round,
         state=ModuleState.CANDIDATE if earlier else ModuleState.ACTIVE,
         version=version,
@@ -583,6 +699,17 @@ def _add_module(
         half_life=earlier.half_life if earlier else None,
     )
     return replace(bank, modules=(*bank.modules, module))
+
+
+def _free_slot(bank: Bank, scope: str, slots_max: int) -> int:
+    taken = {module.slot for module in bank.modules} | {each.slot for each in bank.fused}
+    free = next((i for i in range(slots_max) if i not in taken), None)
+    if free is None:
+        raise BasisMismatch(
+            f"all {slots_max} slots are taken, {scope} needs one; raise knowledge.slots_max, or "
+            "knowledge.compact_eps so that near modules are fused"
+        )
+    return free
 
 
 def _changed(bank: Bank, module: KnowledgeModule) -> Bank:
