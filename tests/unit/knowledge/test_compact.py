@@ -251,7 +251,9 @@ def test_a_time_within_a_sum_is_refused_and_answered_from_cold_storage(tmp_path:
     archive.put(tmp_path, cold.values())
     assert banks.select(small, CellKind.ROUTER, known_at=0) == ()
     assert len(banks.select(small, CellKind.ROUTER, known_at=5)) == 2
-    with pytest.raises(KnowledgeError, match=r"adds up rounds 1 to 5, and .*known_at=3 lies within"):
+    with pytest.raises(
+        KnowledgeError, match=r"adds up rounds 1 to 5, and .*known_at=3 lies within"
+    ):
         banks.select(small, CellKind.ROUTER, known_at=3)
     then = archive.as_of(small, tmp_path, valid_at=None, known_at=3)
     codes = {code: code.split("-")[0] for code in (*HEART, "lung-1")}
