@@ -328,6 +328,17 @@ class Reader(Protocol):
         """(n, 2) float64 of a causal model: nats and tokens of each text after its prompt."""
         ...
 
+    def generate(
+        self,
+        weights: Weights,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        gate: Tensor | None = None,
+    ) -> list[str]:
+        """The likeliest next tokens of a causal model after each prompt, as text."""
+        ...
+
 
 class State(Protocol):
     """An algorithm's own frozen dataclass; the ledger saves it and resuming loads it."""
@@ -345,9 +356,10 @@ class Algorithm(Protocol[S]):
 
     A method whose state is more than one adapter with one head also has
     ``answer(state, reader, texts, *, site="") -> Tensor (n, len(reader.nodes))``, -inf where it
-    does not know a node, and for a causal model ``losses(state, reader, prompts, texts)`` as of a
-    reader. With ``personal = True`` every site has a model of its own, which ``site`` names. The
-    constructor ``of(setting)`` takes what it needs from the plan.
+    does not know a node, and for a causal model ``losses(state, reader, prompts, texts)`` and
+    ``generate(state, reader, prompts, *, max_new_tokens)`` as of a reader. With ``personal =
+    True`` every site has a model of its own, which ``site`` names. The constructor ``of(setting)``
+    takes what it needs from the plan.
     """
 
     needs: ClassVar[Visibility]

@@ -33,7 +33,7 @@ from fedkola.algorithms.setting import Setting
 from fedkola.algorithms.setting import rule as planned_rule
 from fedkola.errors import CohortTooSmall, ForgetIncomplete, Incompatible, KnowledgeError
 from fedkola.knowledge import bank as banks
-from fedkola.knowledge import basis, forget, journal, router, statistics, views
+from fedkola.knowledge import basis, candidates, forget, journal, router, statistics, views
 from fedkola.knowledge.bank import Bank, Cell, CellKind, KnowledgeCell
 from fedkola.knowledge.views import Rule, View
 from fedkola.types import (
@@ -382,21 +382,40 @@ class FedKoLa:
     def losses(
         self, state: State, reader: Reader, prompts: Sequence[str], texts: Sequence[str]
     ) -> Tensor:
-        """(n, 2) nats and tokens under the bank's modules, weighed for each text by the router.
-
-        The gate sees what is known before the answer; without a router modules weigh the same.
-        """
-        view = self.view(state) if state.bank.cells else None
-        if view is None or not view.adapters:
+        """(n, 2) nats and tokens of the bank's modules, mixed with the labels of analytic cells."""
+        if not state.bank.cells:
             return reader.losses({}, prompts, texts)
-        modules = tuple(view.adapters)
-        gate = torch.full((len(texts), len(modules)), 1 / len(modules))
+        view = self.view(state)
+        weights, gate = self._composed(view, reader, prompts or texts)
+        found = reader.losses(weights, prompts, texts, gate=gate)
+        if view.head is None or not prompts:
+            return found
+        z, names = reader.features(prompts), reader.catalogue.texts
+        known = torch.ones(len(prompts), dtype=torch.bool)
         if view.router is not None:
-            z = reader.features(prompts or texts)
-            p = router.posterior(view.router, z, tau=self.tau_g)
-            order = [view.router.modules.index(module) for module in modules]
-            gate = router.gates(p[:, order], top_k=self.top_k)
-        return reader.losses(views.slots(view, modules), prompts, texts, gate=gate)
+            known = router.unknown(view.router, z) <= state.calibration.unknown
+        found[:, 0] = candidates.mixed(
+            found[:, 0],
+            views.answer(view, z, reader.nodes, self.level),
+            texts,
+            [names.get(node, node) for node in reader.nodes],
+            temperature=state.calibration.temperature,
+            known=known,
+        )
+        return found
+
+    def generate(
+        self, state: State, reader: Reader, prompts: Sequence[str], *, max_new_tokens: int
+    ) -> list[str]:
+        """The text of the best label where there are analytic cells, else what modules generate."""
+        if not state.bank.cells:
+            return reader.generate({}, prompts, max_new_tokens=max_new_tokens)
+        view = self.view(state)
+        if view.head is not None:
+            found = views.answer(view, reader.features(prompts), reader.nodes, self.level)
+            return candidates.replies(found, reader.nodes, reader.catalogue.texts)
+        weights, gate = self._composed(view, reader, prompts)
+        return reader.generate(weights, prompts, max_new_tokens=max_new_tokens, gate=gate)
 
     def events(self, before: State, after: State) -> tuple[Event, ...]:
         """What the ledger records of one round: the difference of two banks, and what waits."""
@@ -535,6 +554,21 @@ class FedKoLa:
         return self._addend(client, asked, rest)
 
     # --- private, server --------------------------------------------------------------------------
+
+    def _composed(
+        self, view: View, reader: Reader, prompts: Sequence[str]
+    ) -> tuple[Weights, Tensor | None]:
+        """The LoRA modules as slots, and their weights for each prompt: those of the router, or
+        equal ones without a router. No modules: the base."""
+        modules = tuple(view.adapters)
+        if not modules:
+            return {}, None
+        gate = torch.full((len(prompts), len(modules)), 1 / len(modules))
+        if view.router is not None:
+            p = router.posterior(view.router, reader.features(prompts), tau=self.tau_g)
+            order = [view.router.modules.index(module) for module in modules]
+            gate = router.gates(p[:, order], top_k=self.top_k)
+        return views.slots(view, modules), gate
 
     def _catalogue(self) -> Catalogue:
         if self.catalogue is None:

@@ -87,17 +87,26 @@ def scores_of(
     algorithm: Any = federation.algorithm
     base = reader(federation)
     if hasattr(algorithm, "routed"):
-        found: Tensor = algorithm.routed(state, base, test.texts, _scopes(base.catalogue, test))
+        found: Tensor = algorithm.routed(state, base, test.questions, _scopes(base.catalogue, test))
     elif hasattr(algorithm, "answer"):
-        found = algorithm.answer(state, base, test.texts, site=site)
+        found = algorithm.answer(state, base, test.questions, site=site)
     else:
-        found = base.scores(state.weights, test.texts)
+        found = base.scores(state.weights, test.questions)
     place = {node: i for i, node in enumerate(base.nodes)}
     return found[:, [place[node] for node in nodes]]
 
 
 def perplexity(federation: Federation, state: Any, test: Dataset) -> dict[str, float]:
     """Loss per token, and its exponential, of a causal language model on texts after prompts."""
+    nats, tokens = (math.fsum(column) for column in losses(federation, state, test).T.tolist())
+    loss = nats / max(tokens, 1.0)
+    exponential = float(torch.tensor(loss, dtype=torch.float64).exp())
+    return {"loss": loss, "perplexity": exponential, "tokens": tokens}
+
+
+def losses(federation: Federation, state: Any, test: Dataset) -> Tensor:
+    """(n, 2) float64: nats and tokens of each text after its prompt, by the algorithm's own
+    ``losses`` if it has them, else under one adapter."""
     algorithm: Any = federation.algorithm
     base = reader(federation)
     if hasattr(algorithm, "routed_losses"):
@@ -107,10 +116,7 @@ def perplexity(federation: Federation, state: Any, test: Dataset) -> dict[str, f
         found = algorithm.losses(state, base, test.prompts, test.texts)
     else:
         found = base.losses(state.weights, test.prompts, test.texts)
-    nats, tokens = (math.fsum(column) for column in found.T.tolist())
-    loss = nats / max(tokens, 1.0)
-    exponential = float(torch.tensor(loss, dtype=torch.float64).exp())
-    return {"loss": loss, "perplexity": exponential, "tokens": tokens}
+    return found
 
 
 def reader(federation: Federation) -> BaseReader:

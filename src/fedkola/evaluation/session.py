@@ -13,7 +13,7 @@ from fedkola import server
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
 from fedkola.errors import BasisMismatch, KnowledgeError, LedgerError, RunNotFound, UnknownCell
-from fedkola.evaluation import answers, scoring, story, tasks
+from fedkola.evaluation import answers, generative, scoring, story, tasks
 from fedkola.evaluation.answers import Answer
 from fedkola.evaluation.report import render
 from fedkola.knowledge import views
@@ -83,6 +83,8 @@ def observer(session: Session) -> server.Observe:
 
     def observe(number: int, state: Any) -> Mapping[str, float]:
         window = min(number, len(federation.stream.windows))
+        if test.prompts:
+            return generative.measure(federation, state, window)
         if federation.foundation.kind == "causal":
             return scoring.perplexity(federation, state, test)
         askable = scoring.askable(test, window)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedkola.training import evaluate
+from fedkola.training import generate as generation
 from fedkola.training.features import FeatureCache
 from fedkola.training.model import Foundation
 from fedkola.types import Catalogue, Weights
@@ -42,4 +43,21 @@ class BaseReader:
     ) -> Tensor:
         return evaluate.losses(
             self.foundation, weights, prompts, texts, scale=self.scale, gate=gate
+        )
+
+    def generate(
+        self,
+        weights: Weights,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        gate: Tensor | None = None,
+    ) -> list[str]:
+        return generation.generate(
+            self.foundation,
+            weights,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            scale=self.scale,
+            gate=gate,
         )
