@@ -1,14 +1,12 @@
 """Suite ``dynamic``: does knowledge stay current, everywhere it may be, without forgetting?
 
-Stream ``icd-chapters``: 46,881 official ICD-10-CM descriptions arrive chapter by chapter at
-twelve hospitals; 13,487 inclusion terms, never trained on, ask for one of 285 blocks. A tenth of
-them (a hash of the text decides) chose learning rates and read-out constants; figures are quoted
-on the untouched nine tenths. Every (method, seed) is a cell with a file of its own, so a killed
-benchmark goes on where it stopped and never measures a cell twice.
+Every stream of :mod:`fedkola.evaluation.setups` is measured in the same way: sites learn window by
+window; after each window the part of the test that may be asked by then is asked. Rates are chosen
+on development records (a share of the test, by a hash of the text, or a split of its own) on a
+seed used for nothing else, and figures are quoted on the rest. Every (row, seed) is a cell with a
+file of its own, so a killed benchmark goes on where it stopped.
 """
 
-import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,77 +14,22 @@ from typing import Any
 
 from fedkola import server
 from fedkola.errors import UnknownName
-from fedkola.evaluation import machine, metrics, oneshot, scoring, tasks
+from fedkola.evaluation import cells as marks
+from fedkola.evaluation import machine, metrics, oneshot, scoring, tasks, verdicts
+from fedkola.evaluation.cells import Cells, Found, Note, Progress
 from fedkola.evaluation.demo import pooled
 from fedkola.evaluation.readout import adapted_accuracy
+from fedkola.evaluation.setups import ROWS, SETUPS, Row, Setup, Size
+from fedkola.knowledge.bank import cell_bytes
 from fedkola.knowledge.stream import Stream, hash_share, split_test
 from fedkola.ledger import Ledger, RoundRow
-from fedkola.plan import Algorithm, Cohort, Knowledge, Plan, Run, Task
+from fedkola.plan import Plan, as_dict, override
 from fedkola.server import Federation
 from fedkola.training import features, model
-from fedkola.types import Dataset, Report
+from fedkola.types import Dataset
 
-STREAMS = ("icd-chapters",)
-METHODS = ("local", "fedit", "fedkola", "joint")
-TUNED = ("fedit", "joint")
-STREAMED = ("fedkola", "fedit")
-"""Methods that live on the stream: measured after every window, and their traffic counted."""
 TUNING_SEED = 1000
-WATCHED = 0.2
-Note = Callable[[str], None]
-Progress = Callable[[Report], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
-    """The size of a benchmark. ``rates`` is the grid that every trained method is tuned on."""
-
-    seeds: int
-    sites: int
-    windows: int
-    per_label: int
-    tuning_per_label: int
-    features: int
-    fedit_epochs: float
-    joint_rounds: int
-    rates: tuple[float, ...]
-
-
-PROFILES: Mapping[str, Profile] = {
-    "quick": Profile(
-        seeds=1,
-        sites=5,
-        windows=3,
-        per_label=4,
-        tuning_per_label=0,
-        features=512,
-        fedit_epochs=1.0,
-        joint_rounds=1,
-        rates=(1e-3,),
-    ),
-    "standard": Profile(
-        seeds=3,
-        sites=12,
-        windows=8,
-        per_label=0,
-        tuning_per_label=20,
-        features=4096,
-        fedit_epochs=1.0,
-        joint_rounds=2,
-        rates=(2e-4, 5e-4, 1e-3),
-    ),
-    "full": Profile(
-        seeds=5,
-        sites=12,
-        windows=8,
-        per_label=0,
-        tuning_per_label=40,
-        features=8192,
-        fedit_epochs=4.0,
-        joint_rounds=8,
-        rates=(2e-4, 5e-4, 1e-3),
-    ),
-}
+PROFILES = ("quick", "standard", "full")
 
 
 def run(
@@ -97,169 +40,146 @@ def run(
     out: Path = Path("benchmarks/results"),
     note: Note,
     progress: Progress,
-    methods: Sequence[str] = METHODS,
+    rows: Sequence[str] = (),
 ) -> Mapping[str, Any]:
     """Measure what is not measured yet, then write ``dynamic-STREAM-PROFILE.json`` and ``.md``.
 
-    Raises UnknownName for a stream, profile or method that is not in its table.
+    Raises UnknownName for a stream, profile or row that is not in its table, and DataError where
+    the stream's data is not on this machine.
     """
-    for given, known in ((stream, STREAMS), (profile, tuple(PROFILES))):
-        if given not in known:
-            raise UnknownName(f"{given!r} was given; the suite dynamic has {', '.join(known)}")
-    if unknown := set(methods) - set(METHODS):
-        raise UnknownName(f"no method {sorted(unknown)}; the suite dynamic has {METHODS}")
-    size = PROFILES[profile]
-    cells = out / "cells" / f"dynamic-{stream}-{profile}"
-    bench = Bench(profile=size, cells=cells, note=note, progress=progress)
-    rates = {name: bench.tuned(name) for name in TUNED if name in methods}
+    _known(stream, tuple(SETUPS), "the suite dynamic has the streams")
+    setup = SETUPS[stream]
+    _known(profile, tuple(setup.sizes), f"stream {stream} has the profiles")
+    size = setup.sizes[profile]
+    chosen = tuple(rows) or size.rows
+    for row in chosen:
+        _known(row, tuple(ROWS), "the suite dynamic has the rows")
+    name = f"dynamic-{stream}-{profile}"
+    bench = Bench(
+        setup=setup,
+        size=size,
+        cells=Cells(folder=out / "cells" / name, note=note),
+        progress=progress,
+    )
+    rates = {row: bench.tuned(row) for row in chosen if ROWS[row].tuned}
     found = [
-        bench.cell(method, seed, rates.get(method, 0.0))
-        for method in methods
+        bench.cell(row, seed, rates.get(row, 0.0))
+        for row in chosen
         for seed in range(1, (seeds or size.seeds) + 1)
     ]
     result = {
         "suite": "dynamic",
         "stream": stream,
+        "question": setup.question,
         "profile": profile,
         "machine": machine.describe(),
         "rates": rates,
+        "rows": list(chosen),
         "cells": found,
-        "summary": _summary(found),
-        "targets": _targets(found),
+        "summary": summary(found, chosen),
+        "targets": verdicts.judge(stream, found),
     }
-    name = f"dynamic-{stream}-{profile}"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1, sort_keys=True))
-    (out / f"{name}.md").write_text(table(result))
+    marks.write(result, table(result), out, name)
     return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """One benchmark in progress: its size, and the folder where finished cells are kept."""
+    """One benchmark in progress."""
 
-    profile: Profile
-    cells: Path
-    note: Note
+    setup: Setup
+    size: Size
+    cells: Cells
     progress: Progress
 
-    def tuned(self, method: str) -> float:
-        """The rate with the best accuracy on the development tenth, on a seed used for nothing
-        else; ties go to the smaller rate."""
-        size = self.profile
-        if len(size.rates) == 1:
-            return size.rates[0]
-        small = replace(size, per_label=size.tuning_per_label)
+    def tuned(self, row: str) -> float:
+        """The rate with the best accuracy on development records; ties go to the smaller one."""
+        rates = self.size.rates
+        if len(rates) == 1:
+            return rates[0]
         scored = [
-            (self._measured(method, TUNING_SEED, rate, small)["dev"]["top1"], -rate)
-            for rate in size.rates
+            (self._measured(row, TUNING_SEED, rate, self.size.tuning)["dev"]["top1"], -rate)
+            for rate in rates
         ]
         return -max(scored)[1]
 
-    def cell(self, method: str, seed: int, rate: float) -> dict[str, Any]:
-        return self._measured(method, seed, rate, self.profile)
+    def cell(self, row: str, seed: int, rate: float) -> Found:
+        return self._measured(row, seed, rate, ())
 
-    def _measured(self, method: str, seed: int, rate: float, size: Profile) -> dict[str, Any]:
-        name = f"{method}-{seed}" + (f"-{rate:g}" if method in TUNED else "")
-        path = self.cells / f"{name}.json"
-        if path.exists():
-            kept: dict[str, Any] = json.loads(path.read_text())
-            return kept
-        self.note(f"{method}, seed {seed}" + (f", rate {rate:g}" if method in TUNED else ""))
-        found = measure(plan(method, seed, rate, size), self.cells / "work" / name, self.progress)
-        found |= {"method": method, "seed": seed, "rate": rate, "machine": machine.describe()}
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(found, indent=1, sort_keys=True))
-        draft.replace(path)
-        shutil.rmtree(self.cells / "work" / name, ignore_errors=True)
-        return found
+    def _measured(self, row: str, seed: int, rate: float, extra: Sequence[str]) -> Found:
+        about = plan(self.setup, self.size, row, seed, rate, extra)
+        name = f"{row}-{seed}" + (f"-{rate:g}" if ROWS[row].tuned else "")
+
+        def how(folder: Path) -> Found:
+            found = measure(about, ROWS[row], folder, self.progress, watched=self.size.watched)
+            return found | {"row": row, "seed": seed, "rate": rate}
+
+        return self.cells.measure(name, as_dict(about), how)
 
 
-def plan(method: str, seed: int, rate: float, size: Profile) -> Plan:
-    """The plan of one cell: everything but the method is the same for all of them."""
-    epochs = size.fedit_epochs if method == "fedit" else 1.0
-    return Plan(
-        run=Run(
-            name=f"{method}-{seed}",
-            seed=seed,
-            rounds=size.joint_rounds if method == "joint" else 0,
-        ),
-        task=Task(
-            name="icd10cm",
-            level="block",
-            sites=size.sites,
-            windows=size.windows,
-            per_label=size.per_label,
-        ),
-        cohort=Cohort(minimum=3),
-        algorithm=Algorithm(name=method, epochs=epochs, batch=32, lr=rate or 1e-3),
-        knowledge=Knowledge(
-            features=size.features, basis_seed=seed, public_reference=True, slots_max=22
-        ),
-    )
+def plan(
+    setup: Setup, size: Size, row: str, seed: int, rate: float, extra: Sequence[str] = ()
+) -> Plan:
+    """The plan of one cell: of one stream all but the row's own settings are the same."""
+    settings = [
+        f"run.name={row}-{seed}",
+        f"run.seed={seed}",
+        f"knowledge.basis_seed={seed}",
+        *setup.settings,
+        *size.settings,
+        *([f"algorithm.lr={rate}"] if rate else []),
+        *ROWS[row].settings,
+        *extra,
+    ]
+    return override(Plan(), settings)
 
 
-def measure(chosen: Plan, folder: Path, progress: Progress) -> dict[str, Any]:
+def measure(
+    chosen: Plan, row: Row, folder: Path, progress: Progress, *, watched: float = 1.0
+) -> Found:
     """Run one cell to its end (or from where it was killed) and score it.
 
-    Frozen features are computed anew in every cell, so that CPU time counts them.
+    ``watched`` is the share of the test that is asked after every window; at the end all of it
+    is. Frozen features are computed anew in every cell, so that CPU time counts them.
     """
-    stream = tasks.load(chosen)
-    if chosen.algorithm.name == "joint":
-        stream = pooled(stream, without={})
-    elif chosen.algorithm.name == "local":
-        stream = at_once(stream)
+    whole = tasks.load(chosen)
+    stream = whole
+    if row.pooled:
+        stream = pooled(whole, without={})
+    elif not row.streamed:
+        stream = at_once(whole)
     foundation = model.load(chosen.model.name, max_tokens=chosen.model.max_tokens)
     federation = server.assemble(chosen, stream, folder, foundation=foundation)
-    dev, untouched = split_test(stream)
-    watched = _watched(untouched)
-    scopes = list(stream.catalogue.scopes())
     # Test texts have a cache of their own: a site never embeds them.
     scorer = replace(
         federation, trainer=replace(federation.trainer, cache=features.FeatureCache(foundation))
     )
+    dev, untouched = split_test(stream)
+    asked = _watched(untouched, watched)
 
     def observe(number: int, state: Any) -> Mapping[str, float]:
-        if chosen.algorithm.name not in STREAMED:
+        if not row.streamed:
             return {}
         window = min(number, len(stream.windows))
-        test = scoring.askable(watched, window)
-        found = scoring.accuracy(scorer, state, test, window=window)
-        row: dict[str, float] = {"top1": found.top1, "top5": found.top5, "asked": found.asked}
-        for scope, (right, asked) in found.scopes.items():
-            row[f"right/{scope}"], row[f"asked/{scope}"] = right, asked
-        return row
+        found = scoring.accuracy(
+            scorer, state, scoring.askable(asked, window, ends=stream.ends), window=window
+        )
+        return _flat(found)
 
     with Ledger.open(folder, create=True) as ledger:
         state = server.run(federation, ledger, observe=observe, progress=progress)
         rounds = ledger.rounds(chosen.run.name)
     window = len(stream.windows)
-    found: dict[str, Any] = {
-        **_final(scorer, state, {"untouched": untouched, "dev": dev, "all": stream.test}, window),
+    found: Found = {
+        **_final(scorer, state, {"untouched": untouched, "dev": dev}, window),
         "records": sum(len(data) for data in stream.sites.values()),
-        **_costs(chosen, federation, rounds),
+        **_costs(row, federation, rounds),
     }
-    if chosen.algorithm.name in STREAMED:
-        r = metrics.matrix([row.report["metrics"] for row in rounds], scopes)
-        found |= {
-            "R": r,
-            "forgetting": metrics.forgetting(r),
-            "bwt": metrics.backward_transfer(r),
-            "stream": metrics.stream_average(r),
-            "lags": metrics.freshness_lag(r),
-        }
-    if chosen.algorithm.name == "fedkola":
-        pooled_sum = oneshot.compare(federation, state)
-        joint = scoring.accuracy(
-            scorer, pooled_sum.state, scoring.askable(watched, window), window=window
-        ).scopes
-        j = [joint[s][0] / joint[s][1] if s in joint else None for s in scopes]
-        found |= {
-            "equal_to_one_shot": pooled_sum.equal,
-            "excess_forgetting": metrics.excess_forgetting(r, j),
-            "calibration": state.calibration.temperature,
-        }
-    if chosen.algorithm.name == "joint":
+    if row.streamed:
+        found |= _over_time([entry.report["metrics"] for entry in rounds])
+    if chosen.algorithm.name == "fedkola" and row.streamed:
+        found |= _bank(federation, scorer, state, asked, window, found)
+    if row.pooled:
         found["readout"] = adapted_accuracy(federation, state.weights, untouched)
     return found
 
@@ -269,149 +189,207 @@ def at_once(stream: Stream) -> Stream:
     alone ends with the same model, in one round."""
     sites = {name: replace(data, windows=(1,) * len(data)) for name, data in stream.sites.items()}
     test = replace(stream.test, windows=(1,) * len(stream.test))
-    return replace(stream, sites=sites, test=test, windows=stream.windows[-1:])
+    return replace(stream, sites=sites, test=test, windows=stream.windows[-1:], ends={})
+
+
+def summary(cells: Sequence[Found], rows: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Every figure of a row as a mean over seeds with its interval, where the row has it."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        own = [cell for cell in cells if cell["row"] == row]
+        if not own:
+            continue
+        found[row] = {
+            name: metrics.interval([of(cell) for cell in own])
+            for name, of in FIGURES.items()
+            if all(_has(cell, of) for cell in own)
+        }
+        if all("readout" in cell for cell in own):
+            found[f"{row} + tree read-out"] = {
+                name: metrics.interval([cell["readout"][name] for cell in own])
+                for name in ("top1", "top5")
+            } | {name: found[row][name] for name in ("megabytes", "cpu_s")}
+    return found
+
+
+FIGURES: Mapping[str, Callable[[Found], float]] = {
+    "top1": lambda cell: float(cell["untouched"]["top1"]),
+    "top5": lambda cell: float(cell["untouched"]["top5"]),
+    "stream": lambda cell: float(cell["stream"]),
+    "forgetting": lambda cell: float(cell["forgetting"]),
+    "bwt": lambda cell: float(cell["bwt"]),
+    "lag": lambda cell: max((lag for lag in cell["lags"] if lag is not None), default=0.0),
+    "stale": lambda cell: float(cell["stale"]["late"]),
+    "megabytes": lambda cell: cell["bytes_up_per_site_window"] / 1e6,
+    "cpu_s": lambda cell: float(cell["cpu_s"]),
+}
+HEADS = {
+    "top1": "final top-1",
+    "top5": "top-5",
+    "stream": "while it streams",
+    "forgetting": "forgetting",
+    "bwt": "BWT",
+    "lag": "lag",
+    "stale": "stale",
+    "megabytes": "MB up, site and window",
+    "cpu_s": "CPU s",
+}
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result as Markdown: one row per method, then a verdict per target."""
-    rows = [
+    """The result as Markdown: one line per row, then a verdict per target."""
+    shown = [name for name in HEADS if any(name in s for s in result["summary"].values())]
+    seeds = sorted({cell["seed"] for cell in result["cells"]})
+    lines = [
         f"# Suite dynamic, stream {result['stream']}, profile {result['profile']}",
         "",
-        f"285-way top-1 and top-5 on untouched synonyms, mean over seeds with a 95 % bootstrap "
-        f"interval; seeds {sorted({c['seed'] for c in result['cells']})}. "
-        f"Rates chosen on the development tenth: {result['rates'] or 'none'}.",
+        result["question"],
         "",
-        "| method | top-1 | top-5 | forgetting | MB up, all sites | CPU s |",
-        "|---|---|---|---|---|---|",
+        f"Mean over seeds {seeds} with a 95 % bootstrap interval, on records that chose nothing. "
+        "Rates chosen on development records: "
+        + (", ".join(f"{row} {rate:g}" for row, rate in result["rates"].items()) or "none")
+        + ".",
+        "",
+        "| row | " + " | ".join(HEADS[name] for name in shown) + " |",
+        "|---" * (len(shown) + 1) + "|",
     ]
-    for method, summary in result["summary"].items():
-        cells = [
-            _interval(summary.get("top1")),
-            _interval(summary.get("top5")),
-            _interval(summary.get("forgetting")),
-            f"{summary['megabytes_up']['mean']:,.0f}",
-            f"{summary['cpu_s']['mean']:,.0f}",
-        ]
-        rows.append(f"| {method} | " + " | ".join(cells) + " |")
-    rows += ["", "| target | bound | value | verdict |", "|---|---|---|---|"]
-    rows += [
-        f"| {t['name']} | {t['bound']} | {t['value']} | {t['verdict']} |" for t in result["targets"]
-    ]
-    met = sum(t["verdict"] == "met" for t in result["targets"])
-    about = result["machine"]
-    rows += [
+    for row, figures in result["summary"].items():
+        cells = [marks.interval(figures.get(name), digits=_DIGITS.get(name, 3)) for name in shown]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    lines += [
+        *marks.verdict(result["targets"]),
         "",
-        f"{met} of {len(result['targets'])} targets met.",
+        *(f"- {row}: {ROWS[row].about}" for row in result["rows"]),
         "",
-        f"Measured on {about['cores']} cores ({about['processor']}), torch {about['torch']}, "
-        f"Python {about['python']}. Reproduce: `fedkola bench dynamic --stream "
-        f"{result['stream']} --profile {result['profile']}`.",
+        marks.about_machine(result["machine"])
+        + f" Reproduce: `fedkola bench dynamic --stream {result['stream']} --profile "
+        f"{result['profile']}`.",
         "",
     ]
-    return "\n".join(rows)
+    return "\n".join(lines)
 
 
 # --- private --------------------------------------------------------------------------------------
 
+_DIGITS = {"megabytes": 2, "cpu_s": 0, "lag": 1}
 
-def _watched(test: Dataset) -> Dataset:
+
+def _known(given: str, known: Sequence[str], what: str) -> None:
+    if given not in known:
+        raise UnknownName(f"{given!r} was given; {what} {', '.join(known)}")
+
+
+def _has(cell: Found, of: Callable[[Found], float]) -> bool:
+    try:
+        of(cell)
+    except KeyError:
+        return False
+    return True
+
+
+def _watched(test: Dataset, share: float) -> Dataset:
     """The part of the test that is asked after every window; at the end all of it is."""
-    kept = [i for i, text in enumerate(test.texts) if hash_share(f"watched {text}") < WATCHED]
+    kept = [i for i, text in enumerate(test.texts) if hash_share(f"watched {text}") < share]
     return test.take(kept)
 
 
-def _final(
-    federation: Federation, state: Any, parts: Mapping[str, Dataset], window: int
-) -> dict[str, dict[str, float]]:
-    askable = {name: scoring.askable(part, window) for name, part in parts.items()}
-    whole = scoring.askable(federation.stream.test, window)
+def _flat(found: scoring.Accuracy) -> dict[str, float]:
+    """An accuracy as the numbers of a report."""
+    row: dict[str, float] = {
+        "top1": found.top1,
+        "top5": found.top5,
+        "asked": found.asked,
+        "former": found.former,
+        "stale": found.stale,
+        "late_former": found.late_former,
+        "late_stale": found.late_stale,
+    }
+    for concept, (right, asked) in found.concepts.items():
+        row[f"right/{concept}"], row[f"asked/{concept}"] = right, asked
+    return row
+
+
+def _over_time(rounds: Sequence[Mapping[str, float]]) -> Found:
+    """What only the whole stream shows: R by concept, what was asked while it was current, and
+    how often an answer was out of date (``late``: one window after the change or later)."""
+    concepts = sorted({name[6:] for row in rounds for name in row if name.startswith("asked/")})
+    r = metrics.matrix(rounds, concepts)
+    asked = sum(row["asked"] for row in rounds)
+    right = sum(row["top1"] * row["asked"] for row in rounds)
+    found: Found = {
+        "concepts": concepts,
+        "R": r,
+        "forgetting": metrics.forgetting(r),
+        "bwt": metrics.backward_transfer(r),
+        "stream": metrics.stream_average(r),
+        "lags": metrics.freshness_lag(r),
+        "as_it_arrives": {"right": right, "asked": asked, "share": right / max(asked, 1)},
+        "windows": [
+            {name: row[name] for name in ("top1", "asked", "stale", "former")} for row in rounds
+        ],
+    }
+    former = sum(row["former"] for row in rounds)
+    late = sum(row["late_former"] for row in rounds)
+    if former:
+        found["stale"] = {
+            "all": sum(row["stale"] for row in rounds) / former,
+            "late": sum(row["late_stale"] for row in rounds) / max(late, 1),
+            "asked": former,
+        }
+    return found
+
+
+def _final(federation: Federation, state: Any, parts: Mapping[str, Dataset], window: int) -> Found:
+    ends = federation.stream.ends
+    askable = {name: scoring.askable(part, window, ends=ends) for name, part in parts.items()}
+    whole = scoring.askable(federation.stream.test, window, ends=ends)
     found = scoring.accuracies(federation, state, whole, askable, window=window)
-    return {
+    parts_found: Found = {
         name: {"top1": a.top1, "top5": a.top5, "asked": a.asked, "nodes": a.nodes}
         for name, a in found.items()
     }
+    concepts = found["untouched"].concepts
+    return parts_found | {
+        "concepts_final": {name: right / asked for name, (right, asked) in concepts.items()}
+    }
 
 
-def _costs(chosen: Plan, federation: Federation, rounds: Sequence[RoundRow]) -> dict[str, Any]:
+def _bank(
+    federation: Federation,
+    scorer: Federation,
+    state: Any,
+    asked: Dataset,
+    window: int,
+    found: Found,
+) -> Found:
+    """What a bank promises: the integers of the one-shot sum, and no forgetting beyond the joint
+    model of the same class."""
+    whole = oneshot.compare(federation, state)
+    test = scoring.askable(asked, window, ends=federation.stream.ends)
+    joint = scoring.accuracy(scorer, whole.state, test, window=window).concepts
+    j = [joint[c][0] / joint[c][1] if c in joint else None for c in found["concepts"]]
+    return {
+        "equal_to_one_shot": whole.equal,
+        "excess_forgetting": metrics.excess_forgetting(found["R"], j),
+        "calibration": state.calibration.temperature,
+        "bank_bytes": sum(cell_bytes(cell) for cell in state.bank.cells),
+        "bank_cells": len(state.bank.cells),
+    }
+
+
+def _costs(row: Row, federation: Federation, rounds: Sequence[RoundRow]) -> Found:
     # A hospital that works alone, or records that are pooled, send nothing by this protocol.
-    counted = chosen.algorithm.name in STREAMED
-    up = sum(row.report["bytes_up"] for row in rounds) if counted else 0
-    down = sum(row.report["bytes_down"] for row in rounds) if counted else 0
+    counted = 1 if row.streamed else 0
+    up = counted * sum(entry.report["bytes_up"] for entry in rounds)
+    asked = sum(len(entry.report["cohort"]) for entry in rounds)
     return {
         "bytes_up": up,
-        "bytes_down": down,
-        "bytes_up_per_site_window": up / max(1, len(rounds) * len(federation.sites)),
-        "cpu_s": sum(row.report["cpu_seconds"] for row in rounds),
-        "seconds": sum(row.report["seconds"] for row in rounds),
+        "bytes_down": counted * sum(entry.report["bytes_down"] for entry in rounds),
+        "bytes_up_per_site_window": up / max(1, asked),
+        "bytes_up_worst_window": counted
+        * max(entry.report["bytes_up"] / max(1, len(entry.report["cohort"])) for entry in rounds),
+        "cpu_s": sum(entry.report["cpu_seconds"] for entry in rounds),
+        "seconds": sum(entry.report["seconds"] for entry in rounds),
         "rounds": len(rounds),
+        "refused": sum(len(entry.report["refused"]) for entry in rounds),
     }
-
-
-def _summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for method in METHODS:
-        own = [cell for cell in cells if cell["method"] == method]
-        if not own:
-            continue
-        found[method] = _statistics(own, "untouched")
-        if method == "joint":
-            found["joint + tree read-out"] = _statistics(own, "readout")
-    return found
-
-
-def _statistics(own: Sequence[Mapping[str, Any]], part: str) -> dict[str, Any]:
-    summary: dict[str, Any] = {
-        name: metrics.interval([cell[part][name] for cell in own]) for name in ("top1", "top5")
-    }
-    summary["megabytes_up"] = metrics.interval([cell["bytes_up"] / 1e6 for cell in own])
-    summary["cpu_s"] = metrics.interval([cell["cpu_s"] for cell in own])
-    if all("forgetting" in cell for cell in own):
-        summary["forgetting"] = metrics.interval([cell["forgetting"] for cell in own])
-    return summary
-
-
-def _targets(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """One line per target of the main job: met, missed or not run, with value and bound."""
-    own = {cell["seed"]: cell for cell in cells if cell["method"] == "fedkola"}
-    joint = {cell["seed"]: cell for cell in cells if cell["method"] == "joint"}
-    if not own:
-        return []
-    top1 = metrics.interval([cell["untouched"]["top1"] for cell in own.values()])
-    top5 = metrics.interval([cell["untouched"]["top5"] for cell in own.values()])
-    excess = max(abs(cell["excess_forgetting"]) for cell in own.values())
-    lags = [lag for cell in own.values() for lag in cell["lags"] if lag is not None]
-    equal = all(cell["equal_to_one_shot"] for cell in own.values())
-    found = [
-        _target("285-way top-1", ">= 0.70", _interval(top1), top1["low"] >= 0.70),
-        _target("285-way top-5", ">= 0.83", _interval(top5), top5["low"] >= 0.83),
-        _target("equal bits to one shot", "every seed", str(equal).lower(), equal),
-        _target("excess forgetting", "0", f"{excess:g}", excess == 0),
-        _target("windows until a chapter answers", "0", f"{max(lags, default=0):g}", not any(lags)),
-    ]
-    for name, part in (("joint LoRA", "untouched"), ("joint LoRA + tree read-out", "readout")):
-        pairs = [
-            own[seed]["untouched"]["top1"] - joint[seed][part]["top1"]
-            for seed in own
-            if seed in joint
-        ]
-        if pairs:
-            gap = metrics.interval(pairs)
-            value = _interval(gap)
-            found.append(_target(f"top-1 minus {name}", ">= 0", value, gap["mean"] >= 0))
-        else:
-            found.append(
-                {"name": f"top-1 minus {name}", "bound": ">= 0", "value": "", "verdict": "not run"}
-            )
-    return found
-
-
-def _target(name: str, bound: str, value: str, met: bool) -> dict[str, str]:
-    return {"name": name, "bound": bound, "value": value, "verdict": "met" if met else "missed"}
-
-
-def _interval(found: Mapping[str, float] | None) -> str:
-    if found is None:
-        return ""
-    if found["n"] == 1:
-        return f"{found['mean']:.3f}"
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"

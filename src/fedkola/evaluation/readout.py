@@ -49,7 +49,8 @@ def adapted_accuracy(federation: Federation, weights: Weights, test: Dataset) ->
     scores = torch.cat(
         [views.scores(view.head, part, federation.level) for part in torch.split(z_test, 4096)]
     )
-    found = scoring.measure(federation, scores, test, nodes)
+    window = len(federation.stream.windows)
+    found = scoring.measure(federation, scores, test, nodes, window=window)
     return {"top1": found.top1, "top5": found.top5, "asked": found.asked}
 
 

@@ -20,18 +20,34 @@ from fedkola.types import Catalogue, Dataset
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """Shares of right answers. ``scopes`` maps a scope to (right, asked) at top-1."""
+    """Shares of right answers. ``concepts`` maps a concept to (right, asked) at top-1.
+
+    ``former`` counts the records asked whose answer was another one before, ``stale`` those that
+    were given such an answer; ``late_former`` and ``late_stale`` count where the present answer
+    became right in an earlier window.
+    """
 
     top1: float
     top5: float
     asked: int
     nodes: int
-    scopes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    concepts: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    former: int = 0
+    stale: float = 0
+    late_former: int = 0
+    late_stale: float = 0
 
 
-def askable(test: Dataset, window: int) -> Dataset:
-    """Test records whose label has arrived by this window."""
-    return test.take([i for i, first in enumerate(test.windows) if first <= window])
+def askable(test: Dataset, window: int, *, ends: Mapping[str, int] | None = None) -> Dataset:
+    """Test records whose label has arrived by this window and that are not past their end."""
+    last = ends or {}
+    return test.take(
+        [
+            i
+            for i, first in enumerate(test.windows)
+            if first <= window <= last.get(test.records[i], window)
+        ]
+    )
 
 
 def arrived(federation: Federation, window: int) -> tuple[str, ...]:
@@ -71,7 +87,9 @@ def accuracies(
     found = {}
     for name, part in parts.items():
         rows = torch.tensor([place[record] for record in part.records], dtype=torch.int64)
-        measured = [measure(federation, scores[rows], part, nodes) for scores in models]
+        measured = [
+            measure(federation, scores[rows], part, nodes, window=window) for scores in models
+        ]
         found[name] = measured[0] if len(measured) == 1 else _average(measured, len(nodes))
     return found
 
@@ -138,30 +156,50 @@ def truth(catalogue: Catalogue, level: int, test: Dataset) -> list[str]:
 
 
 def measure(
-    federation: Federation, scores: Tensor, test: Dataset, nodes: Sequence[str]
+    federation: Federation, scores: Tensor, test: Dataset, nodes: Sequence[str], *, window: int
 ) -> Accuracy:
-    catalogue = federation.stream.catalogue
+    """How right and how current answers are, from scores (n, len(nodes)) of the test's texts."""
+    stream, level = federation.stream, federation.level
     place = {node: i for i, node in enumerate(nodes)}
     # A label that was asked about but never arrived counts as wrong, not as absent.
-    wanted = torch.tensor(
-        [place.get(node, -1) for node in truth(catalogue, federation.level, test)]
-    )
-    best = scores.topk(min(5, scores.shape[1]), dim=1) if len(test) else None
+    wanted = torch.tensor([place.get(node, -1) for node in truth(stream.catalogue, level, test)])
+    best = scores.topk(min(5, scores.shape[1]), dim=1) if scores.numel() else None
     hits = torch.zeros(len(test), 1, dtype=torch.bool)
+    given: list[str] = [""] * len(test)
     if best is not None:
         hits = (best.indices == wanted[:, None]) & best.values.isfinite()
-    scope_of = {label.code: label.scope for label in catalogue.labels}
-    scopes: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for code, right in zip(test.labels, hits[:, 0].tolist(), strict=True):
-        scopes[scope_of[code]][0] += right
-        scopes[scope_of[code]][1] += 1
+        given = [
+            nodes[i] if known else ""
+            for i, known in zip(
+                best.indices[:, 0].tolist(), best.values[:, 0].isfinite().tolist(), strict=True
+            )
+        ]
+    node_of = {label.code: label.path[level] for label in stream.catalogue.labels}
+    scope_of = {label.code: label.scope for label in stream.catalogue.labels}
+    concepts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    former = stale = late_former = late_stale = 0
+    for i, (record, code, right) in enumerate(
+        zip(test.records, test.labels, hits[:, 0].tolist(), strict=True)
+    ):
+        concept = concepts[stream.concepts.get(record, scope_of[code])]
+        concept[0] += right
+        concept[1] += 1
+        if superseded := stream.stale.get(record):
+            wrong_now = {node_of.get(old, old) for old in superseded} - {node_of[code]}
+            outdated, late = given[i] in wrong_now, test.windows[i] < window
+            former, stale = former + 1, stale + outdated
+            late_former, late_stale = late_former + late, late_stale + (late and outdated)
     count = max(len(test), 1)
     return Accuracy(
         top1=float(hits[:, 0].sum()) / count,
         top5=float(hits.any(1).sum()) / count,
         asked=len(test),
         nodes=len(nodes),
-        scopes={scope: (right, asked) for scope, (right, asked) in scopes.items()},
+        concepts={name: (right, asked) for name, (right, asked) in concepts.items()},
+        former=former,
+        stale=stale,
+        late_former=late_former,
+        late_stale=late_stale,
     )
 
 
@@ -179,6 +217,14 @@ def _average(found: Sequence[Accuracy], nodes: int) -> Accuracy:
         top5=sum(a.top5 for a in found) / len(found),
         asked=found[0].asked,
         nodes=nodes,
+        concepts={
+            name: (sum(a.concepts[name][0] for a in found) / len(found), asked)
+            for name, (_, asked) in found[0].concepts.items()
+        },
+        former=found[0].former,
+        stale=sum(a.stale for a in found) / len(found),
+        late_former=found[0].late_former,
+        late_stale=sum(a.late_stale for a in found) / len(found),
     )
 
 

@@ -95,7 +95,7 @@ def observer(session: Session) -> server.Observe:
             "asked": found.asked,
             "nodes": found.nodes,
         }
-        for scope, (right, asked) in found.scopes.items():
+        for scope, (right, asked) in found.concepts.items():
             metrics[f"right/{scope}"], metrics[f"asked/{scope}"] = right, asked
         return metrics
 

@@ -84,7 +84,7 @@ def final_row(federation: Federation, state: Any, scopes: Sequence[str]) -> list
     """Accuracy per scope of a state on everything that may be asked at the end."""
     window = len(federation.stream.windows)
     test = scoring.askable(federation.stream.test, window)
-    found = scoring.accuracy(federation, state, test, window=window).scopes
+    found = scoring.accuracy(federation, state, test, window=window).concepts
     return [found[s][0] / found[s][1] if s in found else None for s in scopes]
 
 

@@ -27,6 +27,7 @@ def test_a_method_with_a_model_per_site_is_averaged_over_the_sites_there_are(tmp
             scoring.scores_of(federation, state, test, nodes, site=site),
             test,
             nodes,
+            window=3,
         ).top1
         for site in small.SITES
     }
@@ -43,6 +44,7 @@ def test_a_method_with_a_model_per_site_is_averaged_over_the_sites_there_are(tmp
             scoring.scores_of(federation, state, early, nodes, site=site),
             early,
             nodes,
+            window=2,
         ).top1
         for site in ("north", "south", "centre")
     ]

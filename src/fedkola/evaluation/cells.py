@@ -1,0 +1,105 @@
+"""A benchmark as a set of cells that are measured once each: killed, it goes on where it stopped.
+
+A cell is one row of a table under one seed. Its result is a file of its own that appears whole or
+not at all; a run that was cut in the middle resumes from its ledger.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkola.evaluation import machine, metrics
+from fedkola.types import Report
+
+Note = Callable[[str], None]
+Progress = Callable[[Report], None]
+Found = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cells:
+    """Finished cells in ``folder``; ``note`` says in a line what is measured next."""
+
+    folder: Path
+    note: Note
+
+    def measure(self, name: str, about: Mapping[str, Any], how: Callable[[Path], Found]) -> Found:
+        """The result kept under ``name``, else that of ``how`` in a work folder of its own.
+
+        What was measured under another ``about`` (settings of an older version) is measured anew.
+        """
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            kept: Found = json.loads(path.read_text())
+            if kept.get("about") == _plain(about):
+                return kept
+        self.note(name)
+        work = self.folder / "work" / name
+        marker = work / "about.json"
+        if work.exists() and (not marker.exists() or json.loads(marker.read_text()) != about):
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps(_plain(about)))
+        found = how(work) | {"about": _plain(about), "machine": machine.describe()}
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(found, indent=1, sort_keys=True))
+        draft.replace(path)
+        shutil.rmtree(work)
+        return found
+
+
+def write(result: Mapping[str, Any], table: str, out: Path, name: str) -> None:
+    """``NAME.json`` with every cell, and ``NAME.md`` as people read it."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1, sort_keys=True))
+    (out / f"{name}.md").write_text(table)
+
+
+def target(name: str, bound: str, value: str, met: bool | None) -> dict[str, str]:
+    """One line of a verdict; ``met`` None where it was not run."""
+    verdict = "not run" if met is None else "met" if met else "missed"
+    return {"name": name, "bound": bound, "value": value, "verdict": verdict}
+
+
+def verdict(targets: Sequence[Mapping[str, str]]) -> list[str]:
+    """The targets as a Markdown table and one headline."""
+    if not targets:
+        return ["", "This stream has no targets of its own in this profile."]
+    lines = ["", "| target | bound | value | verdict |", "|---|---|---|---|"]
+    lines += [f"| {t['name']} | {t['bound']} | {t['value']} | {t['verdict']} |" for t in targets]
+    met = sum(t["verdict"] == "met" for t in targets)
+    return [*lines, "", f"{met} of {len(targets)} targets met."]
+
+
+def interval(found: Mapping[str, float] | None, *, digits: int = 3) -> str:
+    """A mean with its 95 % interval, as text; empty where nothing was measured."""
+    if found is None:
+        return ""
+    mean = f"{found['mean']:.{digits}f}"
+    if found["n"] == 1:
+        return mean
+    return f"{mean} [{found['low']:.{digits}f}, {found['high']:.{digits}f}]"
+
+
+def paired(
+    own: Mapping[int, Found],
+    other: Mapping[int, Found],
+    value: Callable[[Found], float],
+) -> dict[str, float] | None:
+    """own - other by seed, with its bootstrap interval; None where no seed has both."""
+    pairs = [value(own[seed]) - value(other[seed]) for seed in own if seed in other]
+    return metrics.interval(pairs) if pairs else None
+
+
+def about_machine(about: Mapping[str, Any]) -> str:
+    return (
+        f"Measured on {about['cores']} cores ({about['processor']}), torch {about['torch']}, "
+        f"Python {about['python']}."
+    )
+
+
+def _plain(about: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(about))

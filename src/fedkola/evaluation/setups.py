@@ -1,0 +1,191 @@
+"""What suite ``dynamic`` measures: the streams with their sizes, and the rows of their tables.
+
+A setup is plan settings, so that every cell of a table is a plan that ``fedkola run`` accepts.
+All rows of a stream have the same model, data, order of arrival and number of exchanges a window;
+every trained method is tuned on the same grid of rates, on a seed that is used for nothing else.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of a table: a method with its settings.
+
+    ``tuned`` rows have a rate to be chosen; ``streamed`` ones live on the stream: they are measured
+    after every window and their traffic is counted. ``pooled`` ones see the union of all records.
+    """
+
+    settings: tuple[str, ...]
+    about: str
+    tuned: bool = False
+    streamed: bool = True
+    pooled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How large a profile is. ``tuning`` makes the runs smaller that choose a rate."""
+
+    seeds: int
+    settings: tuple[str, ...]
+    rows: tuple[str, ...]
+    rates: tuple[float, ...] = (1e-3,)
+    tuning: tuple[str, ...] = ()
+    watched: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """One stream: the question it asks, the settings of all its plans, and its profiles."""
+
+    question: str
+    settings: tuple[str, ...]
+    sizes: Mapping[str, Size]
+
+
+def _trained(name: str, about: str, *settings: str) -> Row:
+    return Row(settings=(f"algorithm.name={name}", *settings), about=about, tuned=True)
+
+
+ROWS: Mapping[str, Row] = {
+    "local": Row(
+        settings=("algorithm.name=local",),
+        about="every site alone, the mean of their answers; nothing is sent",
+        streamed=False,
+    ),
+    "fedit": _trained("fedit", "A, B and head averaged"),
+    "ffa_lora": _trained("ffa_lora", "A frozen, B averaged"),
+    "rolora": _trained("rolora", "A and B in turn"),
+    "flora": _trained("flora", "factors stacked, merged into the base"),
+    "fedex_lora": _trained("fedex_lora", "FedIT and the exact residual"),
+    "fed_sb": _trained("fed_sb", "a core between pinned factors"),
+    "o_lora": _trained("o_lora", "a new adapter a window, orthogonal to the old ones"),
+    "slao": _trained("slao", "orthogonal starts, merges weighted by time"),
+    "fot": _trained("fot", "updates off the subspace of old inputs"),
+    "lorm": _trained("lorm", "closed-form merge of A and B"),
+    "disco": _trained("disco", "an adapter a cluster of tasks, mixed by likeness"),
+    "hpfl": _trained("hpfl", "a store of sites' own adapters, the nearest answers"),
+    "feddrift": _trained("feddrift", "models split where losses drift apart"),
+    "replay": _trained("replay", "FedIT with a reservoir of old records at every site"),
+    "ewc": _trained("ewc", "FFA-LoRA held to its old weights by summed Fisher"),
+    "afcl": Row(
+        settings=("algorithm.name=afcl",), about="one sample-weighted ridge on frozen features"
+    ),
+    "fedkola": Row(settings=("algorithm.name=fedkola",), about="the bank, analytic lane"),
+    "fedkola-cheap": Row(
+        settings=("algorithm.name=fedkola", "knowledge.features=1024"),
+        about="the same with 1,024 features",
+    ),
+    "fedkola-wide": Row(
+        settings=("algorithm.name=fedkola", "knowledge.features=8192"),
+        about="the same with 8,192 features",
+    ),
+    "oracle": _trained("oracle", "an adapter per true scope, routed by the truth"),
+    "joint": Row(
+        settings=("algorithm.name=joint",),
+        about="one model on the union of all records",
+        tuned=True,
+        streamed=False,
+        pooled=True,
+    ),
+}
+ALL = tuple(row for row in ROWS if not row.startswith("fedkola-"))
+
+
+_COMMON = ("cohort.minimum=3", "knowledge.public_reference=true")
+_RATES = (5e-4, 1e-3, 2e-3)
+
+SETUPS: Mapping[str, Setup] = {
+    "icd-chapters": Setup(
+        question="The 22 chapters of ICD-10-CM arrive at twelve hospitals over eight windows; "
+        "which of 285 blocks does a clinician's synonym belong to?",
+        settings=(*_COMMON, "task.name=icd10cm", "task.level=block", "knowledge.slots_max=22"),
+        sizes={
+            "quick": Size(
+                seeds=1,
+                settings=(
+                    "task.sites=5",
+                    "task.windows=3",
+                    "task.per_label=3",
+                    "knowledge.features=512",
+                    "model.max_tokens=32",
+                ),
+                rows=ALL,
+            ),
+            "standard": Size(
+                seeds=5,
+                settings=("task.sites=12", "task.windows=8"),
+                rows=("local", "fedkola-cheap", "fedkola", "fedkola-wide", "joint"),
+                tuning=("task.per_label=20",),
+                rates=(2e-4, 5e-4, 1e-3),
+                watched=0.2,
+            ),
+        },
+    ),
+    "icd-small": Setup(
+        question="The chapter stream with at most 20 descriptions of a block, small enough for "
+        "every method: which of 285 blocks does a clinician's synonym belong to?",
+        settings=(
+            *_COMMON,
+            "task.name=icd10cm",
+            "task.level=block",
+            "task.sites=12",
+            "task.windows=8",
+            "task.per_label=20",
+            "knowledge.slots_max=22",
+            "algorithm.exchanges=2",
+        ),
+        sizes={"standard": Size(seeds=5, settings=(), rows=ALL, rates=_RATES, watched=0.2)},
+    ),
+    "icd-releases": Setup(
+        question="Releases of ICD-10-CM of 2021, 2025 and 2026 follow each other: are new codes "
+        "answered at once, and retired ones no more?",
+        settings=(*_COMMON, "task.name=icd-releases", "knowledge.slots_max=32"),
+        sizes={
+            "standard": Size(seeds=5, settings=(), rows=("local", "fedkola", "joint"), watched=0.5)
+        },
+    ),
+    "who-don": Setup(
+        question="Outbreak news of the WHO arrive by date and are asked before they are learnt: "
+        "which disease does a report of 2012 to 2018 tell of?",
+        settings=(*_COMMON, "task.name=who-don", "task.period=quarter"),
+        sizes={
+            "standard": Size(
+                seeds=5, settings=(), rows=("local", "fedit", "afcl", "fedkola", "replay")
+            )
+        },
+    ),
+    "cl-text": Setup(
+        question="AG News, Amazon, Yelp, DBpedia and SST-2 arrive one after the other.",
+        settings=(*_COMMON, "task.name=cl-text", "algorithm.exchanges=2"),
+        sizes={
+            "standard": Size(
+                seeds=5, settings=("task.per_label=60",), rows=ALL, rates=_RATES, watched=0.3
+            )
+        },
+    ),
+    "clinc150": Setup(
+        question="Ten domains of CLINC150 arrive at twelve sites: which of 150 intents is meant?",
+        settings=(*_COMMON, "task.name=clinc150", "algorithm.exchanges=2"),
+        sizes={
+            "standard": Size(
+                seeds=5, settings=("task.per_label=20",), rows=ALL, rates=_RATES, watched=0.3
+            )
+        },
+    ),
+    "facts": Setup(
+        question="Generated facts of which a share changes in every window: is the new value "
+        "answered, the old one no more, and the rest kept?",
+        settings=(*_COMMON, "task.name=facts"),
+        sizes={
+            "quick": Size(
+                seeds=1,
+                settings=("task.windows=4", "knowledge.features=512"),
+                rows=("local", "fedit", "fedkola", "joint"),
+            ),
+            "standard": Size(seeds=5, settings=(), rows=ALL, rates=_RATES),
+        },
+    ),
+}

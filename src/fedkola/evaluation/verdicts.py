@@ -1,0 +1,172 @@
+"""What each stream of suite ``dynamic`` must show: its targets, with the value and the bound."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from fedkola.evaluation import metrics
+from fedkola.evaluation.cells import Found, interval, paired, target
+
+Verdicts = list[dict[str, str]]
+
+
+def judge(stream: str, cells: Sequence[Found]) -> Verdicts:
+    """One line per target of a stream: met, missed or not run."""
+    rows: dict[str, dict[int, Found]] = {}
+    for cell in cells:
+        rows.setdefault(cell["row"], {})[cell["seed"]] = cell
+    return TARGETS[stream](rows) if stream in TARGETS else []
+
+
+Rows = Mapping[str, Mapping[int, Found]]
+
+
+def _chapters(rows: Rows) -> Verdicts:
+    own = rows.get("fedkola", {})
+    found = [
+        _mean(rows, "fedkola", "285-way top-1 at <= 35 MB a site and window", _top1, ">=", 0.735),
+        _mean(rows, "fedkola", "MB up a site and window", _megabytes, "<=", 35.0),
+        _mean(rows, "fedkola-wide", "285-way top-1 at any cost", _top1, ">=", 0.76),
+    ]
+    if own:
+        equal = all(cell["equal_to_one_shot"] for cell in own.values())
+        found.append(target("equal bits to one shot", "every seed", str(equal).lower(), equal))
+    excess = [abs(100 * cell["excess_forgetting"]) for cell in own.values()]
+    found.append(_most("excess forgetting, points", excess, 0.5))
+    lags = [lag for cell in own.values() for lag in cell["lags"] if lag is not None]
+    found.append(_most("windows until a chapter answers", lags, 0.0))
+    joint = {s: c["readout"]["top1"] for s, c in rows.get("joint", {}).items() if "readout" in c}
+    for row in ("fedkola", "fedkola-wide"):
+        gaps = [
+            cell["untouched"]["top1"] - joint[seed]
+            for seed, cell in rows.get(row, {}).items()
+            if seed in joint
+        ]
+        gap = metrics.interval(gaps) if gaps else None
+        met = None if gap is None else gap["mean"] >= -0.01
+        found.append(target(f"{row} minus best joint", ">= -0.010", interval(gap), met))
+    return found
+
+
+def _releases(rows: Rows) -> Verdicts:
+    def new(cell: Found) -> float:
+        return _concept(cell, "new")
+
+    own, joint = rows.get("fedkola", {}), rows.get("joint", {})
+    shares = [
+        new(own[seed]) / max(1e-9, joint[seed]["concepts_final"]["new"])
+        for seed in own
+        if "new" in joint.get(seed, {}).get("concepts_final", {})
+    ]
+    ratio = metrics.interval(shares) if shares else None
+    met = None if ratio is None else ratio["mean"] >= 0.95
+    return [
+        target("new codes, share of joint", ">= 0.95", interval(ratio), met),
+        _mean(rows, "fedkola", "retired or superseded answers", _stale, "<=", 0.01),
+    ]
+
+
+def _who(rows: Rows) -> Verdicts:
+    return [_mean(rows, "fedkola", "as it arrives, 2012-18", _as_it_arrives, ">=", 0.80)]
+
+
+def _orders(rows: Rows) -> Verdicts:
+    """Best, or within the interval of the best baseline; forgetting; at most half of the bytes."""
+    bounds = {"fedkola", "oracle", "joint", "joint + tree read-out"}
+    others = {name: cells for name, cells in rows.items() if name not in bounds}
+    own = rows.get("fedkola", {})
+    if not own or not others:
+        return [target("final top-1 against the best baseline", ">= 0", "", None)]
+    best = max(
+        others, key=lambda name: metrics.interval([_top1(c) for c in others[name].values()])["mean"]
+    )
+    gap = paired(own, others[best], _top1)
+    met = None if gap is None else gap["high"] >= 0
+    found = [
+        target(f"final top-1 minus {best} (best)", "interval reaches 0", interval(gap), met),
+        _mean(rows, "fedkola", "excess forgetting, points", _excess, "<=", 2.0),
+    ]
+    fedit = rows.get("fedit", {})
+    shares = [own[s]["bytes_up"] / fedit[s]["bytes_up"] for s in own if s in fedit]
+    share = metrics.interval(shares) if shares else None
+    found.append(
+        target(
+            "bytes up, share of FedIT's",
+            "<= 0.5",
+            interval(share),
+            None if share is None else share["mean"] <= 0.5,
+        )
+    )
+    return found
+
+
+def _facts(rows: Rows) -> Verdicts:
+    own = rows.get("fedkola", {})
+    lags = [lag for cell in own.values() for lag in cell["lags"] if lag is not None]
+    kept = [100 * _lost(cell, "stable") for cell in own.values()]
+    return [
+        _mean(rows, "fedkola", "stale answers one window after the change", _stale, "<=", 0.02),
+        _most("freshness lag, windows", lags, 1.0),
+        _most("points that unchanged facts lose", kept, 1.0),
+    ]
+
+
+TARGETS: Mapping[str, Callable[[Rows], Verdicts]] = {
+    "icd-chapters": _chapters,
+    "icd-releases": _releases,
+    "who-don": _who,
+    "cl-text": _orders,
+    "clinc150": _orders,
+    "facts": _facts,
+}
+
+
+# --- private --------------------------------------------------------------------------------------
+
+
+def _mean(
+    rows: Rows, row: str, name: str, value: Callable[[Found], float], sign: str, bound: float
+) -> dict[str, str]:
+    own = [value(cell) for cell in rows.get(row, {}).values()]
+    text = f"{sign} {bound:g}"
+    if not own:
+        return target(f"{name} ({row})", text, "", None)
+    found = metrics.interval(own)
+    met = found["mean"] >= bound if sign == ">=" else found["mean"] <= bound
+    return target(f"{name} ({row})", text, interval(found), met)
+
+
+def _most(name: str, values: Sequence[float], bound: float) -> dict[str, str]:
+    """The worst of all seeds against a bound from above."""
+    if not values:
+        return target(name, f"<= {bound:g}", "", None)
+    return target(name, f"<= {bound:g}", f"{max(values):.3g}", max(values) <= bound)
+
+
+def _top1(cell: Found) -> float:
+    return float(cell["untouched"]["top1"])
+
+
+def _megabytes(cell: Found) -> float:
+    return float(cell["bytes_up_per_site_window"]) / 1e6
+
+
+def _excess(cell: Found) -> float:
+    return 100 * float(cell["excess_forgetting"])
+
+
+def _stale(cell: Found) -> float:
+    return float(cell["stale"]["late"]) if "stale" in cell else 0.0
+
+
+def _as_it_arrives(cell: Found) -> float:
+    return float(cell["as_it_arrives"]["share"])
+
+
+def _concept(cell: Found, concept: str) -> float:
+    return float(cell["concepts_final"].get(concept, 0.0))
+
+
+def _lost(cell: Found, concept: str) -> float:
+    """Best accuracy on a concept at any window, minus the last."""
+    column = [row[cell["concepts"].index(concept)] for row in cell["R"]]
+    seen = [value for value in column if value is not None]
+    return float(max(seen) - seen[-1])
