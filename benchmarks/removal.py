@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 from fedkola import server
 from fedkola.evaluation import dynamic, machine, oneshot, tasks
-from fedkola.evaluation.dynamic import PROFILES
+from fedkola.evaluation.setups import SETUPS
 from fedkola.knowledge.forget import Request
 from fedkola.ledger import Ledger
 
@@ -23,7 +23,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    plan = dynamic.plan("fedkola", 1, 0.0, PROFILES["standard"])
+    setup = SETUPS["icd-chapters"]
+    plan = dynamic.plan(setup, setup.sizes["standard"], "fedkola", 1, 0.0)
     cache = Path(sys.argv[1]) if sys.argv[1:] else None
     found = []
     with TemporaryDirectory() as name:

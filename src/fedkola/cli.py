@@ -231,7 +231,8 @@ def run(
 @app.command(
     epilog=_examples(
         "fedkola bench dynamic --profile quick",
-        "fedkola bench dynamic --profile full --seeds 3 --out benchmarks/results",
+        "fedkola bench dynamic --stream clinc150 --profile standard",
+        "fedkola bench dynamic --stream icd-chapters --rows fedkola,joint --seeds 1",
     )
 )
 def bench(
@@ -239,6 +240,7 @@ def bench(
     stream: Annotated[str, typer.Option(help="Stream of the suite.")] = "icd-chapters",
     profile: Annotated[str, typer.Option(help="Size: quick, standard or full.")] = "standard",
     seeds: Annotated[int, typer.Option(min=0, help="Seeds to run; 0 is the profile's own.")] = 0,
+    rows: Annotated[str, typer.Option(help="Rows of the table, a,b; empty is the profile's.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for JSON and tables.")] = Path(
         "benchmarks/results"
     ),
@@ -251,11 +253,18 @@ def bench(
 
     again = (
         f"fedkola bench {suite} --stream {stream} --profile {profile} --seeds {seeds} "
-        f"--out {shlex.quote(str(out))}"
+        + (f"--rows {shlex.quote(rows)} " if rows else "")
+        + f"--out {shlex.quote(str(out))}"
     )
     with _resumable(None, again), _drawn(suite) as (note, progress):
         result = dynamic.run(
-            stream=stream, profile=profile, seeds=seeds, out=out, note=note, progress=progress
+            stream=stream,
+            profile=profile,
+            seeds=seeds,
+            out=out,
+            note=note,
+            progress=progress,
+            rows=tuple(row.strip() for row in rows.split(",") if row.strip()),
         )
     if as_json:
         _print_json(dict(result))
