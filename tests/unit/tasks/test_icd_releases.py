@@ -96,6 +96,15 @@ def test_a_new_code_is_heard_of_in_its_release_and_an_old_one_once():
     assert heard(small(), "A10") == [("Cough", 1)]
 
 
+def test_a_new_code_is_at_three_hospitals_and_an_old_one_at_one():
+    stream = small(overlap=0.0)
+    holders = Counter(
+        record.split("/")[1] for data in stream.sites.values() for record in set(data.records)
+    )
+    assert {holders[code] for code in ("A10.2", "A10.71", "A10.72", "A13")} == {3}
+    assert {holders[code] for code in ("A10", "A10.1", "A10.7X")} == {1}
+
+
 def test_a_synonym_that_moves_leaves_its_old_label_stale():
     assert asked(small(), "tickle") == [
         ("A10.1", 1, 1, (), "reworded"),

@@ -4,8 +4,9 @@ Source: the tabular lists inside three releases of the package simple-icd-10-cm,
 of their wheels, which are pinned by hash and never installed. The hospitals are those of
 :mod:`fedkola.evaluation.tasks.icd10cm`. Each release has the same number of windows. A hospital
 hears of a description when its code appears; a reworded description arrives again under the
-identifier of the record that it replaces, so the site revises what it holds. A site of
-``scenario.release`` hears of it later.
+identifier of the record that it replaces, so the site revises what it holds. A code that is new in
+a release is at three hospitals at least, for a notice of change goes to all who see the chapter; so
+it can be known after one round. A site of ``scenario.release`` hears of it later.
 
 ``level = "code"`` has every code as a label, and only the categories that a release has changed
 (some 240 of 1,918); the other levels have categories as labels, and all of them. A label that a
@@ -35,12 +36,13 @@ from fedkola.errors import DataError, PlanError
 from fedkola.evaluation.tasks import corpora, icd10cm
 from fedkola.evaluation.tasks.corpora import Row
 from fedkola.evaluation.tasks.icd10cm import Code
-from fedkola.knowledge.stream import Stream, cap, hash_share
+from fedkola.knowledge.stream import Stream, cap, hash_share, seeded
 from fedkola.plan import Task
 from fedkola.types import Catalogue, Label
 
 NAME = "icd10cm_releases"
 LEVELS = ("code", *icd10cm.LEVELS)
+NOTIFIED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +123,7 @@ def build(lists: Sequence[tuple[Catalogue, Sequence[Code]]], task: Task, *, seed
     everything = list(newest.values())
     houses = icd10cm.hospitals(task.sites)
     held = icd10cm.divide([everything[i] for i in kept], houses, task, seed=seed)
+    _notify(held, houses, releases[0], seed=seed)
     share = task.windows // len(RELEASES)
     train = [
         row
@@ -234,6 +237,30 @@ def _newest(releases: Sequence[Codes]) -> dict[str, Code]:
     for codes in reversed(releases):
         found |= {name: code for name, code in codes.items() if name not in found}
     return found
+
+
+def _notify(
+    held: Mapping[str, list[Code]],
+    houses: Mapping[str, icd10cm.Hospital],
+    first: Codes,
+    *,
+    seed: int,
+) -> None:
+    """Give codes that are not in the first release to three hospitals of their chapter."""
+    owners: defaultdict[str, set[str]] = defaultdict(set)
+    new = {code.code: code for codes in held.values() for code in codes if code.code not in first}
+    for site, codes in held.items():
+        for code in codes:
+            owners[code.code].add(site)
+    for name, code in new.items():
+        others = [
+            site
+            for site, house in houses.items()
+            if code.chapter in house.chapters and site not in owners[name]
+        ]
+        missing = max(0, NOTIFIED - len(owners[name]))
+        for site in seeded(seed, "notice", name).sample(others, min(missing, len(others))):
+            held[site].append(code)
 
 
 def _revisions(
