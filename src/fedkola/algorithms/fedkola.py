@@ -566,8 +566,7 @@ class FedKoLa:
         gate = torch.full((len(prompts), len(modules)), 1 / len(modules))
         if view.router is not None:
             p = router.posterior(view.router, reader.features(prompts), tau=self.tau_g)
-            order = [view.router.modules.index(module) for module in modules]
-            gate = router.gates(p[:, order], top_k=self.top_k)
+            gate = views.gate(view, p, top_k=self.top_k)
         return views.slots(view, modules), gate
 
     def _catalogue(self) -> Catalogue:

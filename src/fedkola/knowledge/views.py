@@ -20,7 +20,7 @@ of B.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,21 @@ from torch import Tensor
 
 from fedkola.errors import BasisMismatch, KnowledgeError, UnknownCell
 from fedkola.knowledge import basis
-from fedkola.knowledge.bank import Bank, Cell, CellKind, covered, select, valid_labels
-from fedkola.knowledge.router import Part, Router
+from fedkola.knowledge.bank import (
+    Bank,
+    Cell,
+    CellKind,
+    FusedAdapter,
+    KnowledgeCell,
+    all_then,
+    answers_then,
+    covered,
+    find_module,
+    select,
+    valid_labels,
+    weight,
+)
+from fedkola.knowledge.router import Part, Router, gates
 from fedkola.knowledge.router import build as build_router
 from fedkola.knowledge.statistics import COUNTS, GRAM, SUMS, expand, unpack
 from fedkola.types import Catalogue, Weights
@@ -79,7 +92,11 @@ class Head:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """A model computed from ``cells``: head, router and adapters, with its provenance."""
+    """A model computed from ``cells``: head, router and adapters, with its provenance.
+
+    ``gates`` names the modules that a fused adapter stands for; any other adapter has the name of
+    its module.
+    """
 
     id: str
     cells: tuple[str, ...]
@@ -91,6 +108,7 @@ class View:
     head: Head | None
     router: Router | None
     adapters: Mapping[str, Weights]
+    gates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def compute(
@@ -107,16 +125,28 @@ def compute(
     """The model that the live cells stand for. ``now`` (a round) only dates half-life weights;
     ``targets`` (layer -> (d_out, d_in)) is needed for LoRA cells, whose A comes from the basis.
 
-    Raises UnknownCell if no cell is live at that time, BasisMismatch if cells of one kind were
-    opened with different recipes.
+    Every cell weighs its quality times its freshness (``bank.weight``), as of ``known_at`` if that
+    is given. Raises UnknownCell if no cell is live at that time, BasisMismatch if cells of one kind
+    were opened with different recipes, KnowledgeError for a time, or held modules, that a sum of
+    cells or a fused adapter is only partly of.
     """
-    chosen = {
-        kind: select(bank, kind, valid_at=valid_at, known_at=known_at, held=held)
-        for kind in CellKind
-    }
+    moment = now if known_at is None else min(now, known_at)
+    weights: dict[str, float] = {}
+    chosen: dict[CellKind, tuple[Cell, ...]] = {}
+    for kind in CellKind:
+        found = select(bank, kind, valid_at=valid_at, known_at=known_at, held=held)
+        for cell in found:
+            # The scatter is that of the records it was summed over, all alike.
+            weights[cell.about.id] = (
+                1.0
+                if kind is CellKind.SCATTER
+                else weight(bank, cell, now=moment, half_life=rule.half_life)
+            )
+        chosen[kind] = tuple(cell for cell in found if weights[cell.about.id] > 0)
+    fused = _fused(bank, valid_at=valid_at, known_at=known_at, held=held)
     if not chosen[CellKind.ANALYTIC]:
         chosen[CellKind.SCATTER] = ()
-    if not any(chosen.values()):
+    if not any(chosen.values()) and not fused:
         raise UnknownCell(
             f"no cell is live as of valid_at={valid_at}, known_at={known_at}, held={held}; "
             "`fedkola bank ls` shows what there is"
@@ -128,7 +158,8 @@ def compute(
         rule,
         answers,
         held=held,
-        now=now if rule.half_life else None,
+        weights=weights,
+        fused=[(each.id, [(c.id, c.words) for c in _parts(bank, each)]) for each in fused],
         levels=[label.path for label in catalogue.labels],
     )
     if name in _RECENT:
@@ -136,14 +167,23 @@ def compute(
     view = View(
         id=name,
         cells=tuple(c.about.id for cells in chosen.values() for c in cells),
-        modules=tuple(dict.fromkeys(c.about.module for c in (*analytic, *routers, *loras))),
+        modules=tuple(
+            dict.fromkeys(
+                [c.about.module for c in (*analytic, *routers, *loras)]
+                + [module for each in fused for module in each.modules]
+            )
+        ),
         rule=rule,
         valid_at=valid_at,
         known_at=known_at,
         held=None if held is None else tuple(held),
-        head=_head(bank, analytic, scatters, catalogue, rule, answers, now) if analytic else None,
-        router=_router(routers, rule, now) if routers else None,
-        adapters=_adapters(loras, rule, now, targets or {}),
+        head=_head(bank, analytic, scatters, catalogue, rule, answers, weights)
+        if analytic
+        else None,
+        router=_router(routers, weights) if routers else None,
+        adapters=adapters(loras, rule, weights, targets or {})
+        | {each.id: dict(each.adapter) for each in fused},
+        gates={each.id: each.modules for each in fused},
     )
     while len(_RECENT) >= RECENT:
         del _RECENT[next(iter(_RECENT))]
@@ -157,12 +197,14 @@ def identity(
     answers: Mapping[str, Sequence[str]],
     *,
     held: Sequence[str] | None,
-    now: int | None,
+    weights: Mapping[str, float],
+    fused: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (),
     levels: Sequence[Sequence[str]],
 ) -> str:
     """The view's name: a hash over integers, so it is the same wherever the sums are the same.
 
-    ``levels`` is the label tree of the catalogue, ``now`` the date of half-life weights.
+    ``levels`` is the label tree of the catalogue, ``weights`` those of the cells, ``fused`` names
+    adapters and the (cell, hash) pairs they were made from.
     """
     filled: set[str] = set()
     for cell in cells:
@@ -175,7 +217,12 @@ def identity(
         "rule": asdict(rule),
         "answers": sorted((c, sorted(answers.get(c, ()))) for c in filled),
         "held": None if held is None else sorted(held),
-        "now": now,
+        "weights": sorted(
+            (cell.about.id, weights[cell.about.id])
+            for cell in cells
+            if weights[cell.about.id] != 1.0
+        ),
+        "fused": sorted((name, sorted(parts)) for name, parts in fused),
         "levels": [list(path) for path in levels],
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
@@ -214,6 +261,19 @@ def scores(head: Head, z: Tensor, level: int) -> Tensor:
     return score
 
 
+def adapters(
+    cells: Sequence[Cell],
+    rule: Rule,
+    weights: Mapping[str, float],
+    targets: Mapping[str, tuple[int, int]],
+) -> dict[str, dict[str, Tensor]]:
+    """The adapter of every module from its LoRA cells, by ``weights`` of the cells' ids."""
+    by_module: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_module.setdefault(cell.about.module, []).append(cell)
+    return {module: _merge(group, rule, weights, targets) for module, group in by_module.items()}
+
+
 def slots(view: View, modules: Sequence[str]) -> dict[str, Tensor]:
     """One adapter of rank K r whose slots are these modules, in order: A stacked, B side by side.
 
@@ -229,6 +289,20 @@ def slots(view: View, modules: Sequence[str]) -> dict[str, Tensor]:
     }
 
 
+def gate(view: View, p: Tensor, *, top_k: int) -> Tensor:
+    """Weights (n, K) of the view's adapters, in order, from the posterior p (n, M) of its router.
+
+    A fused adapter takes the probability of all modules it stands for; rows sum to 1.
+    """
+    assert view.router is not None
+    place = {module: i for i, module in enumerate(view.router.modules)}
+    columns = [
+        p[:, [place[module] for module in view.gates.get(name, (name,)) if module in place]].sum(1)
+        for name in view.adapters
+    ]
+    return gates(torch.stack(columns, 1), top_k=top_k)
+
+
 def to_tensors(view: View) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A view as a JSON document and its tensors: what is published, and what is saved."""
     tensors: dict[str, Tensor] = {}
@@ -241,6 +315,7 @@ def to_tensors(view: View) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "known_at": view.known_at,
         "held": None if view.held is None else list(view.held),
         "adapters": list(view.adapters),
+        "gates": {name: list(modules) for name, modules in view.gates.items()},
     }
     if view.head:
         head = view.head
@@ -295,6 +370,7 @@ def from_tensors(document: Mapping[str, Any], tensors: Weights) -> View:
             }
             for index, module in enumerate(document["adapters"])
         },
+        gates={name: tuple(modules) for name, modules in document["gates"].items()},
     )
 
 
@@ -392,10 +468,32 @@ _ROUTER_TENSORS = (
 )
 
 
-def _weight(cell: Cell, rule: Rule, now: int) -> float:
-    if rule.half_life is None:
-        return 1.0
-    return float(2.0 ** (-(now - cell.about.round) / rule.half_life))
+def _parts(bank: Bank, fused: FusedAdapter) -> tuple[KnowledgeCell, ...]:
+    """The cold cells a fused adapter was made from."""
+    return tuple(about for about in bank.cold if about.id in fused.cells)
+
+
+def _fused(
+    bank: Bank, *, valid_at: float | None, known_at: int | None, held: Sequence[str] | None
+) -> tuple[FusedAdapter, ...]:
+    """Fused adapters that a view reads: those all of whose cells and modules it would read."""
+    chosen = []
+    for each in bank.fused:
+        then = [
+            answers_then(module, valid_at=valid_at, known_at=known_at)
+            and all_then(bank, part, valid_at=valid_at, known_at=known_at)
+            and (held is None or module.id in held)
+            for part in _parts(bank, each)
+            for module in [find_module(bank, part.module)]
+        ]
+        if any(then) and not all(then):
+            raise KnowledgeError(
+                f"adapter {each.id} was fused from modules of which this view reads only some; "
+                "take it apart first (archive.as_of)"
+            )
+        if all(then):
+            chosen.append(each)
+    return tuple(chosen)
 
 
 def _recipe(cells: Sequence[Cell], names: Sequence[str]) -> dict[str, Any]:
@@ -412,11 +510,11 @@ def _head(
     catalogue: Catalogue,
     rule: Rule,
     answers: Mapping[str, Sequence[str]],
-    now: int,
+    shares: Mapping[str, float],
 ) -> Head:
     recipe = _recipe([*cells, *scatters], ("features", "bits", "seed"))
     p = int(recipe["features"])
-    sums, counts = _rows(cells, [_weight(cell, rule, now) for cell in cells], catalogue, p)
+    sums, counts = _rows(cells, [shares[cell.about.id] for cell in cells], catalogue, p)
     filled = torch.nonzero(counts > 0).flatten()
     labels = [catalogue.labels[int(i)] for i in filled]
     sums, counts = sums[filled], counts[filled]
@@ -468,11 +566,11 @@ def _rows(
     position = {label.code: i for i, label in enumerate(catalogue.labels)}
     sums = torch.zeros(len(position), features, dtype=torch.float64)
     counts = torch.zeros(len(position), dtype=torch.float64)
-    for cell, weight in zip(cells, weights, strict=True):
+    for cell, share in zip(cells, weights, strict=True):
         index = torch.tensor([position[code] for code in cell.about.labels], dtype=torch.int64)
         # Weighted integers stay exact in float64 when the weight is 1.
-        sums.index_add_(0, index, cell.total.words[SUMS].to(torch.float64) * weight)
-        counts.index_add_(0, index, cell.total.words[COUNTS].to(torch.float64) * weight)
+        sums.index_add_(0, index, cell.total.words[SUMS].to(torch.float64) * share)
+        counts.index_add_(0, index, cell.total.words[COUNTS].to(torch.float64) * share)
     return sums, counts
 
 
@@ -506,30 +604,24 @@ def _first_label(head: Head, level: int) -> Tensor:
     return first
 
 
-def _router(cells: Sequence[Cell], rule: Rule, now: int) -> Router:
+def _router(cells: Sequence[Cell], weights: Mapping[str, float]) -> Router:
     parts = [
         Part(
             module=cell.about.module,
             labels=cell.about.labels,
             words=cell.total.words,
-            weight=_weight(cell, rule, now),
+            weight=weights[cell.about.id],
         )
         for cell in cells
     ]
     return build_router(parts, width=cells[0].total.words[SUMS].shape[1])
 
 
-def _adapters(
-    cells: Sequence[Cell], rule: Rule, now: int, targets: Mapping[str, tuple[int, int]]
-) -> dict[str, dict[str, Tensor]]:
-    by_module: dict[str, list[Cell]] = {}
-    for cell in cells:
-        by_module.setdefault(cell.about.module, []).append(cell)
-    return {module: _merge(group, rule, now, targets) for module, group in by_module.items()}
-
-
 def _merge(
-    cells: Sequence[Cell], rule: Rule, now: int, targets: Mapping[str, tuple[int, int]]
+    cells: Sequence[Cell],
+    rule: Rule,
+    weights: Mapping[str, float],
+    targets: Mapping[str, tuple[int, int]],
 ) -> dict[str, Tensor]:
     """One module's adapter: pinned A of its slot, merged B by layer."""
     recipe = _recipe(cells, ("rank", "basis_seed"))
@@ -537,9 +629,9 @@ def _merge(
     assert slot is not None
     decoded: dict[str, Tensor] = {}
     for cell in cells:
-        weight = _weight(cell, rule, now)
+        share = weights[cell.about.id]
         for name, words in cell.total.words.items():
-            value = words.to(torch.float64) * (weight / 2 ** cell.total.grid.scale[name])
+            value = words.to(torch.float64) * (share / 2 ** cell.total.grid.scale[name])
             decoded[name] = decoded[name] + value if name in decoded else value
     layers = sorted(name.removesuffix(".lora_B") for name in decoded if name.endswith(".lora_B"))
     merged: dict[str, Tensor] = {}

@@ -1,5 +1,6 @@
 """A view is a pure function of live cells: the read-outs, the label tree, and times."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -447,3 +448,31 @@ def test_slots_of_several_modules_stand_side_by_side():
     both = views.slots(replace(view, adapters={"x": one, "y": one}), ["x", "y"])
     assert both["q.lora_A"].shape == (2, 4)
     assert both["q.lora_B"].tolist() == [[0.5, 0.5], [3.0, 3.0]]
+
+
+def test_quality_weighs_a_cell_and_zero_leaves_it_out():
+    bank = sealed(Bank(), "heart", 1, ("heart-1",), ["heart-1", "heart-1"])
+    bank = sealed(bank, "lung", 2, ("lung-1",), ["lung-1"])
+    codes = catalogue({"heart-1": "heart", "lung-1": "lung"})
+    plain = views.compute(bank, codes, Rule(), now=2)
+    lung = [cell.about.id for cell in bank.cells if cell.about.module == "lung@1"]
+    for cell in lung:
+        bank = banks.rate(bank, cell, {"agreement": 0.5})
+    halved = views.compute(bank, codes, Rule(), now=2)
+    assert halved.id != plain.id
+    assert float(halved.router.log_prior[1]) == pytest.approx(math.log(0.5 / 2.5))
+    for cell in lung:
+        bank = banks.rate(bank, cell, {"agreement": 0.0})
+    assert views.compute(bank, codes, Rule(), now=2).modules == ("heart@1",)
+
+
+def test_a_module_ages_by_its_own_half_life_and_as_of_the_time_asked_for():
+    bank = sealed(Bank(), "heart", 1, ("heart-1",), ["heart-1"])
+    bank = sealed(bank, "lung", 1, ("lung-1",), ["lung-1"])
+    modules = (replace(bank.modules[0], half_life=1.0), bank.modules[1])
+    bank = replace(bank, modules=modules)
+    codes = catalogue({"heart-1": "heart", "lung-1": "lung"})
+    now = views.compute(bank, codes, Rule(), now=3)
+    assert float(now.router.log_prior[0]) == pytest.approx(math.log(0.25 / 1.25))
+    then = views.compute(bank, codes, Rule(), now=3, known_at=1)
+    assert float(then.router.log_prior[0]) == pytest.approx(math.log(0.5))
