@@ -24,6 +24,8 @@ LEAVE = "scenario.leave={west=2}"
 METHODS = {
     "fedkola": (LEAVE,),
     "fedit": ("algorithm.name=fedit", "algorithm.exchanges=2"),
+    "replay": ("algorithm.name=replay", "algorithm.exchanges=2", "algorithm.buffer=3"),
+    "ewc": ("algorithm.name=ewc", "algorithm.sample=2"),
 }
 CASES_OF_A_RUN = [
     # Between the steps of the removal that is due after round 2.
@@ -114,7 +116,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def places() -> list[tuple[str, str, int]]:
     """Three random instants of each method, counted in writes of answers to an outbox."""
     chance = random.Random(20261122)
-    answers = {"fedkola": 110, "fedit": 30}
+    answers = {"fedkola": 110, "fedit": 30, "replay": 30, "ewc": 30}
     return [
         (name, "client._write", at)
         for name, most in answers.items()

@@ -44,6 +44,7 @@ class TableClient:
     gram: Mapping[str, Tensor] = field(default_factory=dict)
     grammed: Callable[["TableClient", Dataset, Weights], Weights] | None = None
     judged: Callable[["TableClient", Dataset, Weights], float] | None = None
+    squares: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def knowledge(self) -> Records:
@@ -52,6 +53,10 @@ class TableClient:
     def fit(self, weights: Weights, data: Dataset, **_: object) -> Weights:
         assert self.trained is not None
         return self.trained(self, weights) if len(data) else weights
+
+    def importance(self, weights: Weights, data: Dataset, **_: object) -> Weights:
+        zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
+        return {**zeros, **self.squares} if len(data) else zeros
 
     def grams(self, weights: Weights, data: Dataset, *, pinned: Weights) -> Weights:
         if self.grammed is None:

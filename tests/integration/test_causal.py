@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from fedkola import server
+from fedkola.evaluation import scoring
 from fedkola.evaluation.tasks import load as load_task
+from fedkola.ledger import Ledger
 from fedkola.plan import load as load_plan
+from fedkola.plan import override
 from fedkola.training import evaluate, model
 
 from .conftest import Fedkola, write_jsonl
@@ -85,3 +89,24 @@ def test_one_round_lowers_the_perplexity_of_a_real_language_model(
         "bank", "forget", home / "stories", "--site", "site-3", "--recount", "--json"
     ).json
     assert receipt["recount"] is True
+
+
+@pytest.mark.parametrize(
+    "method", ["fedit", "ffa_lora", "rolora", "flora", "fedex_lora", "fed_sb", "replay", "ewc"]
+)
+def test_every_averaging_baseline_teaches_a_language_model(
+    home: Path, tmp_path: Path, method: str
+) -> None:
+    settings = [f"algorithm.name={method}", "algorithm.exchanges=2", "algorithm.core=4"]
+    plan = override(load_plan(home / "plan.toml"), settings)
+    federation = server.assemble(plan, load_task(plan), tmp_path)
+    test = federation.stream.test
+    with Ledger.open(tmp_path, create=True) as ledger:
+        state = server.run(
+            federation, ledger, observe=lambda number, state: {}, progress=lambda report: None
+        )
+    base = evaluate.perplexity(federation.foundation, {}, test.texts, scale=1.0)
+    found = scoring.perplexity(federation, state, test)
+    assert found["tokens"] == base["tokens"]
+    assert found["loss"] < 0.95 * base["loss"] / base["tokens"]
+    assert not any(name.startswith("head") for name in state.weights)

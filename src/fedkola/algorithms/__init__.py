@@ -5,9 +5,14 @@ from typing import Any
 
 from fedkola.algorithms.afcl import AFCL
 from fedkola.algorithms.disco import DISCO
+from fedkola.algorithms.ewc import EWC
+from fedkola.algorithms.fed_sb import FedSB
 from fedkola.algorithms.feddrift import FedDrift
+from fedkola.algorithms.fedex_lora import FedExLoRA
 from fedkola.algorithms.fedit import FedIT
 from fedkola.algorithms.fedkola import FedKoLa
+from fedkola.algorithms.ffa_lora import FFALoRA
+from fedkola.algorithms.flora import FLoRA
 from fedkola.algorithms.fot import FOT
 from fedkola.algorithms.hpfl import HPFL
 from fedkola.algorithms.joint import Joint
@@ -15,6 +20,8 @@ from fedkola.algorithms.local import Local
 from fedkola.algorithms.lorm import LoRM
 from fedkola.algorithms.o_lora import OLoRA
 from fedkola.algorithms.oracle import Oracle
+from fedkola.algorithms.replay import Replay
+from fedkola.algorithms.rolora import RoLoRA
 from fedkola.algorithms.slao import SLAO
 from fedkola.errors import UnknownName
 from fedkola.types import Algorithm, Spec
@@ -22,6 +29,13 @@ from fedkola.types import Algorithm, Spec
 ALGORITHMS: Mapping[str, type[Any]] = {
     "fedkola": FedKoLa,
     "fedit": FedIT,
+    "ffa_lora": FFALoRA,
+    "rolora": RoLoRA,
+    "flora": FLoRA,
+    "fedex_lora": FedExLoRA,
+    "fed_sb": FedSB,
+    "replay": Replay,
+    "ewc": EWC,
     "local": Local,
     "joint": Joint,
     "afcl": AFCL,

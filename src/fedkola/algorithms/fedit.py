@@ -7,19 +7,14 @@ The mean of factors is not the mean of products: sum p B_k A_k - B A = sum p (B_
 Use it for knowledge that is alike at all sites and still; it has one adapter for everything.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
-import torch
-
 from fedkola.algorithms.ask import LOCAL, ask
+from fedkola.algorithms.learn import change, learn
 from fedkola.algorithms.setting import Setting
-from fedkola.knowledge import journal
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
 from fedkola.wire import mean
-
-SCOPE = "fedit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,26 +57,5 @@ class FedIT:
 
     def train(self, client: Client, asked: Broadcast) -> Update:
         """The weighted change of all weights after local training on records not used before."""
-        data = journal.pending(client.store, client.knowledge.until(asked.round), round=asked.round)
-        trained = client.fit(
-            asked.tensors,
-            data,
-            steps=math.ceil(self.epochs * len(data) / self.batch),
-            batch=self.batch,
-            lr=self.lr,
-            seed=asked.seed,
-            classes=client.catalogue.nodes(self.level),
-        )
-        journal.write(
-            client.store,
-            journal.Entry(
-                round=asked.round,
-                scope=SCOPE,
-                records=data.records,
-                patients=data.patients,
-                labels=data.labels,
-                z=torch.zeros(len(data), 0, dtype=torch.int16),
-            ),
-        )
-        changes = {name: len(data) * (trained[name] - old) for name, old in asked.tensors.items()}
-        return Update(client=client.name, tensors=changes, weight=len(data))
+        trained, count = learn(self, client, asked, asked.tensors)
+        return change(client, asked.tensors, trained, count)

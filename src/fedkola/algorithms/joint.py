@@ -7,11 +7,11 @@ It is no federated method: it shows what would be reached if the records could b
 cohort must be the one site that holds the union; an average over one site is that site's model.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from fedkola.algorithms.ask import ask
+from fedkola.algorithms.learn import change, fit
 from fedkola.algorithms.setting import Setting
 from fedkola.errors import Incompatible
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
@@ -56,14 +56,5 @@ class Joint:
 
     def train(self, client: Client, asked: Broadcast) -> Update:
         data = client.knowledge.until(asked.round)
-        trained = client.fit(
-            asked.tensors,
-            data,
-            steps=math.ceil(self.epochs * len(data) / self.batch),
-            batch=self.batch,
-            lr=self.lr,
-            seed=asked.seed,
-            classes=client.catalogue.nodes(self.level),
-        )
-        changes = {name: trained[name] - old for name, old in asked.tensors.items()}
-        return Update(client=client.name, tensors=changes, weight=1)
+        trained = fit(self, client, data, asked.tensors, seed=asked.seed)
+        return change(client, asked.tensors, trained, 1)

@@ -54,14 +54,19 @@ def targets(foundation: Foundation) -> dict[str, tuple[int, int]]:
 
 
 def weights_template(foundation: Foundation, *, rank: int, seed: int) -> dict[str, Tensor]:
-    """A fresh adapter: A uniform within 1/sqrt(d_in) as in peft, B zero, so that B A = 0."""
+    """A fresh adapter for every target layer; see ``fresh``."""
+    return fresh(targets(foundation), rank=rank, seed=seed)
+
+
+def fresh(layers: Mapping[str, tuple[int, int]], *, rank: int, seed: int) -> dict[str, Tensor]:
+    """A uniform within 1/sqrt(d_in) as in peft, B zero, so that B A = 0; name -> (d_out, d_in)."""
     generator = torch.Generator().manual_seed(seed)
-    fresh: dict[str, Tensor] = {}
-    for layer, (d_out, d_in) in targets(foundation).items():
+    made: dict[str, Tensor] = {}
+    for layer, (d_out, d_in) in layers.items():
         a = torch.empty(rank, d_in)
-        fresh[layer + A] = nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        fresh[layer + B] = torch.zeros(d_out, rank)
-    return fresh
+        made[layer + A] = nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        made[layer + B] = torch.zeros(d_out, rank)
+    return made
 
 
 @contextmanager

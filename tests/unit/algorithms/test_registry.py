@@ -58,7 +58,7 @@ def test_a_question_lists_weight_tensors_and_metrics_on_its_grid():
     assert asked.grid.scale == {"weight": 0, "x": 16, "metric/loss": 10}
 
 
-def test_only_methods_with_models_of_single_sites_look_at_single_answers():
+def test_only_methods_that_need_the_models_of_single_sites_look_at_single_answers():
     each = {name for name, method in ALGORITHMS.items() if method.needs is Visibility.EACH}
-    assert each == {"local", "disco", "hpfl"}
+    assert each == {"local", "flora", "disco", "hpfl"}
     assert Joint.needs is Visibility.SUM

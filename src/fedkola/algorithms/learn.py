@@ -1,0 +1,115 @@
+"""One site's part in the iterated baselines: train on records not used before, note them.
+
+Baselines differ in what is trained, what stays pinned and what becomes of the result; that stands
+in their own files.
+"""
+
+import math
+from collections.abc import Collection
+from typing import Protocol
+
+import torch
+
+from fedkola.knowledge import journal
+from fedkola.types import Broadcast, Client, Dataset, Penalty, Update, Weights
+
+SCOPE = "model"
+
+
+class Recipe(Protocol):
+    """How long and how fast to train; ``level`` is that of the head's rows."""
+
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def level(self) -> int: ...
+
+
+def learn(
+    recipe: Recipe,
+    client: Client,
+    asked: Broadcast,
+    weights: Weights,
+    *,
+    pinned: Weights | None = None,
+    penalty: Penalty | None = None,
+    again: Collection[str] = (),
+) -> tuple[Weights, int]:
+    """``weights`` after training on records that no earlier round used, and how many they were.
+
+    Every exchange of one round trains on the same records. Those named ``again`` are trained on
+    and counted with them, but only new ones are journalled, once training has succeeded.
+    """
+    whole = client.knowledge.until(asked.round)
+    new = journal.pending(client.store, whole, round=asked.round)
+    chosen = {*new.records, *again}
+    data = whole.take([i for i, record in enumerate(whole.records) if record in chosen])
+    trained = fit(recipe, client, data, weights, seed=asked.seed, pinned=pinned, penalty=penalty)
+    journal.write(
+        client.store,
+        journal.Entry(
+            round=asked.round,
+            scope=SCOPE,
+            records=new.records,
+            patients=new.patients,
+            labels=new.labels,
+            z=torch.zeros(len(new), 0, dtype=torch.int16),
+        ),
+    )
+    return trained, len(data)
+
+
+def fit(
+    recipe: Recipe,
+    client: Client,
+    data: Dataset,
+    weights: Weights,
+    *,
+    seed: int,
+    pinned: Weights | None = None,
+    penalty: Penalty | None = None,
+) -> Weights:
+    """``epochs`` passes over ``data``, with a row of the head for each node of the level."""
+    return client.fit(
+        weights,
+        data,
+        steps=math.ceil(recipe.epochs * len(data) / recipe.batch),
+        batch=recipe.batch,
+        lr=recipe.lr,
+        seed=seed,
+        classes=client.catalogue.nodes(recipe.level),
+        pinned=pinned,
+        penalty=penalty,
+    )
+
+
+def learnt(client: Client, asked: Broadcast) -> Dataset:
+    """The records that were new to the site in this round, once it has trained on them."""
+    entry = journal.read(client.store, asked.round, SCOPE)
+    chosen = frozenset(entry.records if entry else ())
+    whole = client.knowledge.until(asked.round)
+    return whole.take([i for i, record in enumerate(whole.records) if record in chosen])
+
+
+def change(client: Client, old: Weights, new: Weights, count: int) -> Update:
+    """The addend of a mean by records: n_k times how far each tensor has moved."""
+    moved = {name: count * (new[name] - value) for name, value in old.items()}
+    return Update(client=client.name, tensors=moved, weight=count)
+
+
+def ending(weights: Weights, *ends: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names end in one of these, such as ".lora_A"."""
+    return {name: value for name, value in weights.items() if name.endswith(ends)}
+
+
+def layers(weights: Weights) -> dict[str, tuple[int, int]]:
+    """Adapted layers, name -> (d_out, d_in), from their factors."""
+    return {
+        name.removesuffix(".lora_A"): (len(weights[name.removesuffix("A") + "B"]), a.shape[1])
+        for name, a in weights.items()
+        if name.endswith(".lora_A")
+    }
