@@ -77,12 +77,12 @@ class Records:
 def split_test(stream: Stream, share: float = 0.1) -> tuple[Dataset, Dataset]:
     """Test records to choose hyper-parameters on, about ``share`` of them, and the untouched rest.
 
-    Decided by a hash of the text: the same on every machine, for every seed and subset, and equal
-    texts stay on one side.
+    Decided by a hash of the text, or of the prompt where there is one: the same on every machine,
+    for every seed and subset, and equal questions stay on one side.
     """
     if not 0.0 <= share <= 1.0:
         raise PlanError(f"a share of {share} of the test was asked for; give one from 0 to 1")
-    dev = [i for i, text in enumerate(stream.test.texts) if hash_share(text) < share]
+    dev = [i for i, text in enumerate(stream.test.questions) if hash_share(text) < share]
     chosen = set(dev)
     rest = [i for i in range(len(stream.test)) if i not in chosen]
     return stream.test.take(dev), stream.test.take(rest)

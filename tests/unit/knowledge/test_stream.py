@@ -9,8 +9,10 @@ from fedkola.knowledge.stream import (
     Stream,
     arrivals,
     cap,
+    deal,
     first_windows,
     hash_share,
+    numbered,
     split_test,
 )
 from fedkola.types import Catalogue, Dataset, Label
@@ -78,6 +80,40 @@ def test_a_text_is_split_the_same_in_every_subset_and_twins_stay_together():
 
     assert not set(dev.texts) & set(untouched.texts)
     assert split_test(stream(twins.take([2, 3])), share=0.5)[0].texts == dev.texts[:1]
+
+
+def test_questions_with_one_answer_do_not_all_fall_on_one_side():
+    ids = tuple(f"q{i}" for i in range(200))
+    test = Dataset(
+        records=ids,
+        texts=("Oslo",) * 200,
+        labels=("A",) * 200,
+        patients=ids,
+        windows=(1,) * 200,
+        prompts=tuple(f"where is clinic {i}?" for i in range(200)),
+    )
+    dev, untouched = split_test(stream(test), share=0.5)
+
+    assert 60 < len(dev) < 140
+    assert not set(dev.prompts) & set(untouched.prompts)
+
+
+@pytest.mark.parametrize("partition", ["iid", "by-label", "dirichlet:0.3"])
+def test_every_record_is_dealt_to_a_site_and_the_seed_decides(partition):
+    labels = ["A", "B", "C", "D", "E"] * 60
+    names = numbered(10)
+    drawn = deal(labels, names, partition=partition, seed=1)
+
+    assert len(drawn) == 300
+    assert set(drawn) <= set(names)
+    assert drawn == deal(labels, names, partition=partition, seed=1)
+    assert drawn != deal(labels, names, partition=partition, seed=2)
+    if partition == "iid":
+        assert set(Counter(drawn).values()) == {30}
+
+
+def test_names_of_sites_have_one_length():
+    assert (numbered(2), numbered(10)[0]) == (["site-1", "site-2"], "site-01")
 
 
 def test_the_hash_of_a_text_never_changes():

@@ -16,9 +16,9 @@ those that stand nearest in the tree.
 
 A synonym is asked under a label in the windows of the releases that have it there. Where a release
 moves it to another label, the old one is ``stale``. Concepts of test records: ``moved`` (another
-label was right before), ``new DATE`` (of a code that this release brought), ``retired`` (of a code
-that a later release drops), ``reworded`` (of a code whose description changes), ``added`` (a new
-synonym of an old code), ``kept``.
+label was right before), ``new`` (of a code that the first release does not have), ``retired`` (of a
+code that a later release drops), ``reworded`` (of a code whose description changes), ``added`` (a
+new synonym of an old code), ``kept``.
 """
 
 import zipfile
@@ -353,7 +353,7 @@ def _concept(one: Asked, releases: Sequence[Codes], *, moved: bool) -> str:
     if moved:
         return "moved"
     if since > 0:
-        return f"new {RELEASES[since].date}"
+        return "new"
     if one.code not in releases[-1]:
         return "retired"
     if len({codes[one.code].text for codes in releases if one.code in codes}) > 1:
