@@ -168,9 +168,10 @@ class Site:
             prompts=data.prompts,
         )
 
-    def features(self, data: Dataset) -> Tensor:
+    def features(self, data: Dataset, *, adapter: Weights | None = None) -> Tensor:
         """Of the prompts where there are some: what is known before the answer."""
-        return self._trainer.cache.integers(data.questions)
+        cache = self._trainer.cache.under(adapter or {}, scale=self._trainer.scale)
+        return cache.integers(data.questions)
 
     def evaluate(
         self, weights: Weights, data: Dataset, *, classes: Sequence[str] = ()

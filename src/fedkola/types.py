@@ -282,8 +282,9 @@ class Client(Protocol):
         """Per adapted layer the r x r Gram of z = A x, each record's tokens averaged first."""
         ...
 
-    def features(self, data: Dataset) -> Tensor:
-        """Integer embeddings round(2^10 e) of the frozen base, int16 of shape (n, d)."""
+    def features(self, data: Dataset, *, adapter: Weights | None = None) -> Tensor:
+        """Integer embeddings round(2^10 e), int16 of shape (n, d), of the frozen base, or of the
+        base under an adapter."""
         ...
 
     def evaluate(
@@ -303,8 +304,9 @@ class Reader(Protocol):
         """The nodes of the reported level, in the order of the catalogue: columns of answers."""
         ...
 
-    def features(self, texts: Sequence[str]) -> Tensor:
-        """Integer embeddings round(2^10 e) of the frozen base, int16 of shape (n, d)."""
+    def features(self, texts: Sequence[str], *, adapter: Weights | None = None) -> Tensor:
+        """Integer embeddings round(2^10 e), int16 of shape (n, d), of the frozen base, or of the
+        base under an adapter."""
         ...
 
     def embeddings(

@@ -125,7 +125,7 @@ class Table:
     catalogue: Catalogue = CATALOGUE
     nodes: tuple[str, ...] = ("a", "b", "c")
 
-    def features(self, texts: list[str]) -> Tensor:
+    def features(self, texts: list[str], *, adapter: Weights | None = None) -> Tensor:
         return torch.tensor([TABLE[text] for text in texts], dtype=torch.int16)
 
     def embeddings(

@@ -63,7 +63,7 @@ class TableClient:
             return self.gram
         return self.grammed(self, data, {**weights, **pinned})
 
-    def features(self, data: Dataset) -> Tensor:
+    def features(self, data: Dataset, *, adapter: Weights | None = None) -> Tensor:
         width = len(next(iter(self.table.values())))
         rows = [self.table[text] for text in data.texts]
         return torch.tensor(rows, dtype=torch.int16).reshape(-1, width)

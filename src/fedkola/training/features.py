@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from fedkola.errors import NotFinite
-from fedkola.training.model import Foundation, encode, require_bare
+from fedkola.training.adapters import A, B, adapted
+from fedkola.training.model import Foundation, encode
 from fedkola.training.threads import equal_lengths, filled, side_by_side
+from fedkola.types import Weights
 
 # 8 rows cost 15 % more per token than 32, but a window of 500 texts has about 35 different
 # lengths, and every one of them fills up its last pass (measured).
@@ -35,15 +37,22 @@ SEGMENT = 4096
 _log = logging.getLogger("fedkola")
 
 
-def embed(foundation: Foundation, texts: Sequence[str], *, batch: int = ROWS) -> Tensor:
-    """Unit-length embeddings under the frozen base, float32 of shape (n, width).
+def embed(
+    foundation: Foundation,
+    texts: Sequence[str],
+    *,
+    batch: int = ROWS,
+    adapter: Weights | None = None,
+    scale: float = 0.0,
+) -> Tensor:
+    """Unit-length embeddings under the frozen base, float32 of shape (n, width); with
+    ``adapter`` under the base it adapts, y = W x + scale B (A x).
 
     The mean over a text's tokens of the last hidden state (encoder) or of the middle layer's
     states (causal). A row has the same bits whatever the other texts and the number of threads
     are, for one ``batch``; a text without tokens gives zeros. Raises NotFinite if the base
     overflows, and StepFailed within an ``adapted`` block.
     """
-    require_bare(foundation)
     ids = encode(foundation, texts)
     out = torch.zeros(len(ids), foundation.width)
 
@@ -53,7 +62,7 @@ def embed(foundation: Foundation, texts: Sequence[str], *, batch: int = ROWS) ->
             means = torch.nn.functional.normalize(states.mean(dim=1), dim=1)
             out[rows] = means[: len(rows)]
 
-    with side_by_side() as each:
+    with adapted(foundation, adapter or {}, scale=scale), side_by_side() as each:
         each(run, equal_lengths(ids, batch))
     if not bool(out.isfinite().all()):
         raise NotFinite(f"model {foundation.name} gives an embedding that is not finite")
@@ -72,13 +81,24 @@ class FeatureCache:
     a killed process loses one file's work at most and several processes may share a folder. A
     file that does not match its checksum is deleted, reported in ``damaged`` and to the log, and
     its texts are embedded again when they are next asked for. A folder that cannot be written is
-    reported to the log, and the cache goes on in memory.
+    reported to the log, and the cache goes on in memory. Embeddings under an adapter have a cache
+    of their own below this one, which forgets with it.
     """
 
-    def __init__(self, foundation: Foundation, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        foundation: Foundation,
+        folder: Path | None = None,
+        *,
+        adapter: Weights | None = None,
+        scale: float = 0.0,
+        base: str = "",
+    ) -> None:
         self.foundation = foundation
         self.folder = folder
         self.damaged: tuple[str, ...] = ()
+        self._adapter, self._scale, self._base = adapter, scale, base
+        self._under: dict[str, FeatureCache] = {}
         self._rows: dict[bytes, np.ndarray] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +106,21 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def under(self, adapter: Weights, *, scale: float) -> "FeatureCache":
+        """The cache of embeddings under this adapter; without a factor in it, this cache."""
+        if not any(name.endswith((A, B)) for name in adapter):
+            return self
+        base = adapter_digest(adapter, scale=scale)
+        if base not in self._under:
+            self._under[base] = FeatureCache(
+                self.foundation,
+                self.folder / base if self.folder is not None else None,
+                adapter=adapter,
+                scale=scale,
+                base=base,
+            )
+        return self._under[base]
 
     def integers(self, texts: Sequence[str]) -> Tensor:
         """round(2^10 e) of each text, int16 of shape (n, width); only new texts are embedded."""
@@ -96,7 +131,13 @@ class FeatureCache:
         missing.sort(key=lambda item: (len(item[1]), item[0]))
         for start in range(0, len(missing), SEGMENT):
             part = missing[start : start + SEGMENT]
-            found = integer_embeddings(embed(self.foundation, [text for _, text in part])).numpy()
+            embedded = embed(
+                self.foundation,
+                [text for _, text in part],
+                adapter=self._adapter,
+                scale=self._scale,
+            )
+            found = integer_embeddings(embedded).numpy()
             self._rows.update(zip((key for key, _ in part), found, strict=True))
             if self.folder is not None:
                 self._keep([key for key, _ in part], found)
@@ -112,8 +153,13 @@ class FeatureCache:
         gone = {self._key(text) for text in texts}
         for key in gone:
             self._rows.pop(key, None)
+        for cache in self._under.values():
+            cache.forget(texts)
         if self.folder is None:
             return
+        for folder in self.folder.iterdir():
+            if folder.is_dir() and folder.name not in self._under:
+                FeatureCache(self.foundation, folder, base=folder.name).forget(texts)
         for path in sorted(self.folder.glob("*.features")):
             try:
                 found = dict(_entries(path.read_bytes(), self.foundation.width))
@@ -134,7 +180,7 @@ class FeatureCache:
             self.folder = None
 
     def _key(self, text: str) -> bytes:
-        recipe = f"{self.foundation.hash}/{self.foundation.max_tokens}/{ROWS}".encode()
+        recipe = f"{self.foundation.hash}/{self.foundation.max_tokens}/{ROWS}{self._base}".encode()
         content = text.encode("utf-8", "surrogatepass")
         return hashlib.sha256(VERSION + b"\0" + recipe + b"\0" + content).digest()
 
@@ -149,6 +195,15 @@ class FeatureCache:
                 self.damaged += (f"{path.name}: {reason}",)
                 _log.warning("feature file %s: %s; embedding its texts again", path.name, reason)
                 path.unlink(missing_ok=True)
+
+
+def adapter_digest(adapter: Weights, *, scale: float) -> str:
+    """A SHA-256, in hex, over an adapter's factors and scale: equal digests, equal embeddings."""
+    whole = hashlib.sha256(f"fedkola/adapter/1/{scale!r}".encode())
+    for name in sorted(name for name in adapter if name.endswith((A, B))):
+        value = adapter[name].to(torch.float32).contiguous()
+        whole.update(f"{name}|{tuple(value.shape)}|".encode() + value.numpy().tobytes())
+    return whole.hexdigest()
 
 
 class _Damaged(Exception):

@@ -22,8 +22,8 @@ class BaseReader:
     cache: FeatureCache
     scale: float
 
-    def features(self, texts: Sequence[str]) -> Tensor:
-        return self.cache.integers(texts)
+    def features(self, texts: Sequence[str], *, adapter: Weights | None = None) -> Tensor:
+        return self.cache.under(adapter or {}, scale=self.scale).integers(texts)
 
     def embeddings(
         self, weights: Weights, texts: Sequence[str], *, gate: Tensor | None = None

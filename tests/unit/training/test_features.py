@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fedkola.errors import NotFinite
+from fedkola.training import adapters
 from fedkola.training.features import FeatureCache, embed, integer_embeddings
 from fedkola.training.model import Foundation, load
 
@@ -155,3 +156,45 @@ def test_a_forgotten_text_leaves_memory_and_every_file(encoder: Foundation, tmp_
     assert len(cache) == 2
     assert len(FeatureCache(encoder, tmp_path)) == 2
     assert torch.equal(cache.integers(["fever", "cough", "headache"]), before)
+
+
+def adapter(encoder: Foundation, seed: int) -> dict[str, torch.Tensor]:
+    fresh = adapters.weights_template(encoder, rank=2, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(value.shape, generator=generator) if name.endswith("lora_B") else value
+        for name, value in fresh.items()
+    }
+
+
+def test_a_text_has_other_integers_under_an_adapter_and_the_same_in_any_company(
+    encoder: Foundation, tmp_path: Path
+) -> None:
+    texts = ["acute fever", "fever", "chronic kidney failure"]
+    cache = FeatureCache(encoder, tmp_path)
+    frozen = cache.integers(texts)
+    under = cache.under(adapter(encoder, 1), scale=2.0)
+    found = under.integers(texts)
+    assert not torch.equal(found, frozen)
+    assert torch.equal(under.integers(texts[2:]), found[2:])
+    assert torch.equal(FeatureCache(encoder).integers(texts), frozen)
+    # Another process, another cache: the same integers, from the files of this one.
+    again = FeatureCache(encoder, tmp_path).under(adapter(encoder, 1), scale=2.0)
+    assert len(again) == 3
+    assert torch.equal(again.integers(texts), found)
+    assert cache.under(adapter(encoder, 1), scale=2.0) is under
+    assert cache.under(adapter(encoder, 2), scale=2.0) is not under
+    assert cache.under({}, scale=2.0) is cache
+
+
+def test_what_is_forgotten_is_forgotten_under_every_adapter(
+    encoder: Foundation, tmp_path: Path
+) -> None:
+    cache = FeatureCache(encoder, tmp_path)
+    cache.under(adapter(encoder, 1), scale=2.0).integers(["acute fever", "fever"])
+    later = FeatureCache(encoder, tmp_path)
+    later.integers(["acute fever"])
+    later.forget(["acute fever"])
+    rest = FeatureCache(encoder, tmp_path)
+    assert len(rest) == 0
+    assert len(rest.under(adapter(encoder, 1), scale=2.0)) == 1
