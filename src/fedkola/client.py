@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from fedkola import wire
 from fedkola.algorithms import rebuild
 from fedkola.errors import DataError, FedKolaError, UnknownName
-from fedkola.knowledge import forget
+from fedkola.knowledge import forget, journal
 from fedkola.knowledge.stream import Records
 from fedkola.training import evaluate, features, fit
 from fedkola.training.model import Foundation
@@ -196,6 +196,11 @@ class Site:
         # Answers to a round that is not committed hold the records; they are computed anew.
         self._drop_outbox()
         return chosen
+
+    def revise(self, places: Collection[tuple[int, str]], *, round: int) -> None:
+        """Let go of old versions that a committed round has taken out of these places."""
+        journal.revise(self.store, places, round=round)
+        forget.adopt(self.store, journal.revision(round))
 
     def finish(self) -> None:
         """Drop kept answers when a run is done: nothing will be asked again."""

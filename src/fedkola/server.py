@@ -188,6 +188,7 @@ def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: P
     ledger.start(name, as_dict(plan), digest(plan), now=time.time())
     _finish_removals(federation, ledger)
     state, done = load_state(federation, ledger)
+    _settle_revision(federation, state)
     state = _due(federation, ledger, state, done)
     for number in range(done + 1, federation.rounds + 1):
         cohort = draw(federation, number)
@@ -218,6 +219,7 @@ def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: P
             events=events,
             now=time.time(),
         )
+        _settle_revision(federation, after)
         state = _due(federation, ledger, after, number)
         progress(report)
     ledger.finish(name, "done")
@@ -290,6 +292,7 @@ def remove(
     if request.id in done:
         return forget.receipt_from(done[request.id])
     state, number = load_state(federation, ledger)
+    _settle_revision(federation, state)
     if number == 0:
         raise UnknownCell("no round is committed yet, so there is nothing to forget; run it first")
     receipt, after = _subtract(federation, algorithm, state, request, recount=recount)
@@ -404,6 +407,14 @@ def _finish_removals(federation: Federation, ledger: Ledger) -> None:
                 site.settle(request)
     if done:
         ledger.purge(federation.plan.run.name, now=time.time())
+
+
+def _settle_revision(federation: Federation, state: Any) -> None:
+    """Let sites drop the old versions that the last committed round took out of the bank; again
+    after a crash, where it changes nothing."""
+    if isinstance(state, BankState):
+        for name in state.revision.sites:
+            federation.sites[name].revise(state.revision.places, round=state.number)
 
 
 def _removed(federation: Federation, ledger: Ledger) -> dict[str, Mapping[str, Any]]:

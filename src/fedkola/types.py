@@ -217,11 +217,19 @@ class Knowledge(Protocol):
     """A site's own records as they arrive."""
 
     def at(self, window: int) -> Dataset:
-        """Records that reached the site in this window."""
+        """Records that reached the site in this window, new or in a new version."""
         ...
 
     def until(self, window: int) -> Dataset:
-        """Records that reached the site in this window or before it."""
+        """The newest version of every record that reached the site by this window."""
+        ...
+
+    def versions(self) -> Dataset:
+        """Every version of every record; a record and a window name one of them."""
+        ...
+
+    def repeats(self, window: int) -> int:
+        """Rows that arrived in this window and changed nothing."""
         ...
 
 

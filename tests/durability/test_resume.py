@@ -26,6 +26,7 @@ METHODS = {
     "fedit": ("algorithm.name=fedit", "algorithm.exchanges=2"),
     "replay": ("algorithm.name=replay", "algorithm.exchanges=2", "algorithm.buffer=3"),
     "ewc": ("algorithm.name=ewc", "algorithm.sample=2"),
+    "revised": (),
 }
 CASES_OF_A_RUN = [
     # Between the steps of the removal that is due after round 2.
@@ -35,6 +36,13 @@ CASES_OF_A_RUN = [
     # Between a round's last answer and its commit, and after the last commit.
     ("fedkola", "Ledger.commit", 2),
     ("fedkola", "Ledger.finish", 0),
+    # In the revision of round 2 (of LoRA cells, of the Gram), before its commit, and before and
+    # between the deletions of its sites.
+    ("revised", "client._write", 47),
+    ("revised", "client._write", 52),
+    ("revised", "Ledger.commit", 1),
+    ("revised", "Site.revise", 0),
+    ("revised", "Site.revise", 2),
 ]
 FAST = 'knowledge.lanes=["analytic", "router"]'
 PATIENT = Request(kind="patient", site="north", name="north-p3")
@@ -63,10 +71,11 @@ def die_on_call(where, after):
 
 small.foundation()
 signals = []
-for folder, where, after, settings, patient in json.loads(sys.argv[2]):
+for folder, where, after, settings, patient, revised in json.loads(sys.argv[2]):
     child = os.fork()
     if child == 0:
-        federation = small.assemble(Path(folder), *settings)
+        sites = small.revised(small.data()) if revised else None
+        federation = small.assemble(Path(folder), *settings, sites=sites)
         die_on_call(where, after)
         if patient:
             request = server.Request(kind="patient", site="north", name=patient)
@@ -80,7 +89,7 @@ print(json.dumps(signals))
 """
 
 
-def kill(cases: list[tuple[Path, str, int, tuple[str, ...], str]]) -> None:
+def kill(cases: list[tuple[Path, str, int, tuple[str, ...], str, bool]]) -> None:
     """Run every case to its death; each must have died of SIGKILL."""
     helpers = str(Path(small.__file__).parent)
     said = json.dumps([(str(folder), *rest) for folder, *rest in cases])
@@ -89,9 +98,12 @@ def kill(cases: list[tuple[Path, str, int, tuple[str, ...], str]]) -> None:
     assert json.loads(done.stdout) == [signal.SIGKILL] * len(cases)
 
 
-def outcome(folder: Path, *settings: str) -> tuple[str, list[Any], list[Any]]:
+def outcome(
+    folder: Path, *settings: str, revised: bool = False
+) -> tuple[str, list[Any], list[Any]]:
     """The final state's hash, the events without their times, and the removals."""
-    federation = small.assemble(folder, *settings)
+    sites = small.revised(small.data()) if revised else None
+    federation = small.assemble(folder, *settings, sites=sites)
     state = small.run(federation)
     with Ledger.open(folder) as ledger:
         ledger.verify("small")
@@ -108,7 +120,7 @@ def outcome(folder: Path, *settings: str) -> tuple[str, list[Any], list[Any]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {
-        name: outcome(tmp_path_factory.mktemp(name), *settings)
+        name: outcome(tmp_path_factory.mktemp(name), *settings, revised=name == "revised")
         for name, settings in METHODS.items()
     }
 
@@ -116,7 +128,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def places() -> list[tuple[str, str, int]]:
     """Three random instants of each method, counted in writes of answers to an outbox."""
     chance = random.Random(20261122)
-    answers = {"fedkola": 110, "fedit": 30, "replay": 30, "ewc": 30}
+    answers = {"fedkola": 110, "fedit": 30, "replay": 30, "ewc": 30, "revised": 110}
     return [
         (name, "client._write", at)
         for name, most in answers.items()
@@ -136,9 +148,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
     small.run(small.assemble(folders["removal"], FAST))
     kill(
         [
-            *((folders[m, w, at], w, at, METHODS[m], "") for m, w, at in CASES),
-            (folders["removal"], "Site.settle", 0, (FAST,), PATIENT.name),
-            (folders["interrupted"], "Ledger.commit", 1, (FAST,), ""),
+            *((folders[m, w, at], w, at, METHODS[m], "", m == "revised") for m, w, at in CASES),
+            (folders["removal"], "Site.settle", 0, (FAST,), PATIENT.name, False),
+            (folders["interrupted"], "Ledger.commit", 1, (FAST,), "", False),
         ]
     )
     return folders
@@ -153,7 +165,12 @@ def test_a_killed_run_resumes_to_the_bits_of_an_undisturbed_one(
     after: int,
 ):
     folder = killed[method, where, after]
-    assert outcome(folder, *METHODS[method]) == undisturbed[method]
+    assert outcome(folder, *METHODS[method], revised=method == "revised") == undisturbed[method]
+    if method == "revised":
+        for site in small.SITES:
+            kept = journal.join(journal.entries(folder / "sites" / site))
+            assert kept is not None
+            assert len(set(kept.records)) == len(kept)  # no old version is left
     if method == "fedkola":
         assert journal.entries(folder / "sites" / "west") == ()
         assert forget.posted(folder / "sites" / "west") == ()

@@ -9,7 +9,7 @@ import hashlib
 import json
 import random
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import cache
@@ -122,6 +122,33 @@ def data() -> dict[str, Dataset]:
     return {site: records(site) for site in SITES}
 
 
+def revised(sites: Data) -> dict[str, Dataset]:
+    """The same sites, where records of the first window arrive again with another label and text:
+    one of every site in window 2, and one of "north" in windows 2 and 3."""
+    return {site: _revised(site, whole) for site, whole in sites.items()}
+
+
+def _revised(site: str, whole: Dataset) -> Dataset:
+    first = [i for i, window in enumerate(whole.windows) if window == 1][:2]
+    rows = [(first[0], "lung-1", 2)]
+    if site == "north":
+        rows += [(first[1], "lung-2", 2), (first[1], "bone-1", 3)]
+    return with_rows(
+        whole,
+        [
+            (whole.records[i], " ".join(OWN_WORDS[code]), code, whole.patients[i], window)
+            for i, code, window in rows
+        ],
+    )
+
+
+def with_rows(whole: Dataset, rows: Sequence[tuple[str, str, str, str, int]]) -> Dataset:
+    """A dataset with more rows: (record, text, label, patient, window)."""
+    columns = ("records", "texts", "labels", "patients", "windows")
+    added = zip(columns, zip(*rows, strict=True), strict=True) if rows else ()
+    return replace(whole, **{name: getattr(whole, name) + column for name, column in added})
+
+
 def without(
     sites: Data, site: str, *, patients: tuple[str, ...] = (), ids: tuple[str, ...] = ()
 ) -> dict[str, Dataset]:
@@ -165,6 +192,25 @@ def assemble(
     engine = InProcess(answers, order=whole.plan.engine.order)
     clients = Guarded(engine, run=whole.plan.run.name, seed=whole.plan.run.seed)
     return replace(whole, clients=clients)
+
+
+def failing(step: str, *, times: int) -> Callable[[Answer], Answer]:
+    """A site that answers garbage the first ``times`` that it is asked this step."""
+
+    def wrap(answer: Answer) -> Answer:
+        left = [times]
+
+        def reply(message: bytes) -> bytes:
+            asked = wire.unpack_broadcast(message)
+            if asked.step == step and left[0]:
+                left[0] -= 1
+                answer(message)  # the site did its part; its bytes are lost on the way
+                return b"garbage"
+            return answer(message)
+
+        return reply
+
+    return wrap
 
 
 def run(federation: Federation) -> Any:

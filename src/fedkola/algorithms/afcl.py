@@ -124,6 +124,7 @@ class AFCL:
                 records=data.records,
                 patients=data.patients,
                 labels=data.labels,
+                windows=data.windows,
                 z=z,
             ),
         )

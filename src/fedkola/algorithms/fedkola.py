@@ -1,6 +1,7 @@
 """FedKoLa: an additive, deletable, versioned bank of knowledge, learnt from sums alone.
 
-server:  votes  <- sum of { holders, records, label counts }            what do you see?
+server:  votes  <- sum of { holders, records, label counts, old versions }     what do you see?
+         cell   <- cell + sum of (new - old addend), where records changed     revise
          cell   <- sum of addends, for every scope that enough sites hold      fill
          Gram   <- one sum over the records of all cells that have none yet    fill
          view   <- pure function of live cells; calibration <- sum      publish
@@ -35,6 +36,7 @@ from fedkola.errors import CohortTooSmall, ForgetIncomplete, Incompatible, Knowl
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import basis, candidates, forget, journal, router, statistics, views
 from fedkola.knowledge.bank import Bank, Cell, CellKind, KnowledgeCell
+from fedkola.knowledge.journal import Place
 from fedkola.knowledge.views import Rule, View
 from fedkola.types import (
     Aggregate,
@@ -59,9 +61,6 @@ UNKNOWN_BINS = 512
 UNKNOWN_RANGE = (-4.0, 12.0)  # of the relative distance, in multiples of the width
 CALIBRATION_RECORDS = 32
 
-Place = tuple[int, str]
-"""Round and scope: where a cell's records stand in the journals."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
@@ -76,13 +75,29 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Revision:
+    """What a round took back because newer versions had arrived: the old versions of ``records``
+    at ``sites`` (all that were asked) in ``places``, (round, scope). ``waiting`` old versions are
+    still summed, as fewer than k_min sites have any in their place; ``repeats`` rows changed
+    nothing."""
+
+    sites: Cohort = ()
+    places: tuple[tuple[int, str], ...] = ()
+    records: int = 0
+    waiting: int = 0
+    repeats: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """The bank, its calibration, and the scopes that wait for enough sites: scope -> records."""
+    """The bank, its calibration, the scopes that wait for enough sites (scope -> records), and what
+    the last round revised."""
 
     bank: Bank = field(default_factory=Bank)
     calibration: Calibration = field(default_factory=Calibration)
     parked: Mapping[str, int] = field(default_factory=dict)
     number: int = 0
+    revision: Revision = field(default_factory=Revision)
 
     @property
     def weights(self) -> Weights:
@@ -99,6 +114,16 @@ class Opening:
     slot: int
     labels: tuple[int, ...]
     records: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loss:
+    """What cells lose: the records of a removal request, or in round ``number`` the old versions
+    in ``places`` (the number of a round and of a scope)."""
+
+    request: str
+    number: int = 0
+    places: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +208,8 @@ class FedKoLa:
         return State()
 
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
-        """Vote, fill what enough sites hold, publish. Sites that vanish mid-way are left out."""
+        """Vote, revise, fill what enough sites hold, publish. Sites that vanish mid-way are left
+        out."""
         after, survivors = self._vote_and_fill(number, state, cohort, clients)
         while survivors != cohort:
             cohort = survivors
@@ -318,14 +344,15 @@ class FedKoLa:
         new state, the cells as they were, and the number of records removed. Raises
         ForgetIncomplete if a site does not answer or a count would fall below zero.
         """
-        bank, before = state.bank, []
-        for name in cells:
-            cell = banks.find(bank, name)
-            bank = self._withdraw(bank, cell, request, cohort, clients)
-            before.append(cell)
-        for cell in banks.covering(state.bank, cells):
-            bank = self._withdraw_cover(state.bank, bank, cell, request, cohort, clients)
-            before.append(cell)
+        before = [banks.find(state.bank, name) for name in cells]
+        before += banks.covering(state.bank, cells)
+        loss = Loss(request=request)
+        bank, missing = self._withdraw(state.bank, before, loss, cohort, clients)
+        if missing:
+            raise ForgetIncomplete(
+                f"{sorted(missing)} did not answer the removal; nothing was changed, ask again "
+                "when they are back"
+            )
         removed = sum(
             cell.about.records - _records(bank, cell.about.id)
             for cell in before
@@ -343,9 +370,8 @@ class FedKoLa:
         for name in cells:
             if name in live:
                 about = live[name].about
-                asked = self._about_cell(
-                    "recount", about, self._places(state.bank, about), request=request
-                )
+                places = self._places(state.bank, about)
+                asked = self._about_cell("recount", about, places, loss=Loss(request=request))
                 again = clients.sum(tuple(s for s in cohort if s in about.cohort), asked)
                 if banks.content(about.labels, again) != about.words:
                     return False
@@ -424,7 +450,12 @@ class FedKoLa:
             for scope, records in after.parked.items()
             if before.parked.get(scope) != records
         )
-        return banks.events(before.bank, after.bank) + parked
+        revised = tuple(
+            {"kind": "REVISE", "subject": scope, "body": {"round": round}}
+            for round, scope in after.revision.places
+            if after.number != before.number
+        )
+        return revised + banks.events(before.bank, after.bank) + parked
 
     def kinds(self) -> tuple[CellKind, ...]:
         return tuple(kind for kind in CellKind if kind.value in self.lanes.split(","))
@@ -436,14 +467,21 @@ class FedKoLa:
             "vote": self.vote,
             "fill": self.fill,
             "publish": self.publish,
+            "revise": self.subtract,
             "remove": self.subtract,
             "recount": self.again,
         }
 
     def vote(self, client: Client, asked: Broadcast) -> Update:
-        """Holders and records by scope and by label, of what has arrived and is not summed yet."""
+        """Holders and records by scope and by label, of what has arrived and is not summed yet;
+        and old versions that are summed, by place."""
         self._reconcile(client, asked)
-        data = journal.pending(client.store, client.knowledge.until(asked.round), round=asked.round)
+        newest = client.knowledge.until(asked.round)
+        data = journal.pending(client.store, newest, round=asked.round)
+        old = journal.superseded(client.store, newest, before=asked.round)
+        journal.mark(client.store, old, round=asked.round)
+        places = _asked_places(asked, client.catalogue, "sealed")
+        stale = torch.tensor([len(old.get(place, ())) for place in places], dtype=torch.int64)
         labels, scopes = client.catalogue.labels, client.catalogue.scopes()
         position = {label.code: i for i, label in enumerate(labels)}
         place = {scope: i for i, scope in enumerate(scopes)}
@@ -460,6 +498,9 @@ class FedKoLa:
                 "records": records,
                 "label_holders": (rows > 0).to(torch.int64),
                 "label_records": rows,
+                "stale_holders": (stale > 0).to(torch.int64),
+                "stale": stale,
+                "repeats": torch.tensor(client.knowledge.repeats(asked.round)),
             },
         )
 
@@ -483,6 +524,7 @@ class FedKoLa:
                 records=mine.records,
                 patients=mine.patients,
                 labels=mine.labels,
+                windows=mine.windows,
                 z=client.features(mine),
             )
             journal.write(client.store, entry)
@@ -526,7 +568,7 @@ class FedKoLa:
         )
 
     def subtract(self, client: Client, asked: Broadcast) -> Update:
-        """New minus old addend of one cell; zeros where nothing is to be forgotten."""
+        """New minus old addend of one cell; zeros where nothing is to be taken back."""
         entries, gone = self._entries(client, asked), self._gone(client, asked)
         lost = [journal.only(e, records=gone[at]) for at, e in entries.items() if at in gone]
         if not any(len(entry) for entry in lost):
@@ -585,12 +627,12 @@ class FedKoLa:
 
     def _ask_vote(self, number: int, bank: Bank, cohort: Cohort) -> Broadcast:
         """Ask for counts, and tell which sums came about: a site may not know (see journal)."""
-        counts = ("holders", "records", "label_holders", "label_records")
-        about = [cell.about for cell in bank.cells if cell.about.kind is not CellKind.SCATTER]
-        sealed = [self._place(cell) for cell in about]
-        members = [[site in cell.cohort for site in cohort] for cell in about]
+        counted = ("holders", "records", "label_holders", "label_records")
+        counts = (*counted, "stale_holders", "stale", "repeats")
+        sealed = self._sealed(bank)
+        members = [[site in of for site in cohort] for of in sealed.values()]
         tensors = {
-            "sealed": torch.tensor(sealed, dtype=torch.int64).reshape(-1, 2),
+            "sealed": torch.tensor(list(sealed), dtype=torch.int64).reshape(-1, 2),
             "members": torch.tensor(members, dtype=torch.bool).reshape(-1, len(cohort)),
         }
         return ask(self, "vote", number, tensors, scale=dict.fromkeys(counts, 0))
@@ -611,9 +653,12 @@ class FedKoLa:
             )
         if votes.cohort != cohort:
             return state, votes.cohort
-        opened, parked = self.openings(votes, state.bank)
+        bank, revision, missing = self._revise(number, state.bank, votes, clients)
+        if missing:
+            return state, tuple(site for site in cohort if site not in missing)
+        opened, parked = self.openings(votes, bank)
         scopes = tuple(dict.fromkeys(opening.scope for opening in opened))
-        bank = banks.open_modules(state.bank, scopes, round=number, slots_max=self.slots_max)
+        bank = banks.open_modules(bank, scopes, round=number, slots_max=self.slots_max)
         for opening in opened:
             module = banks.module_of(bank, opening.scope)
             assert module is not None
@@ -628,7 +673,10 @@ class FedKoLa:
             bank, survivors = self._fill(bank, pooled, cohort, clients)
             if survivors != cohort:
                 return state, survivors
-        return replace(state, bank=self._retired(bank), parked=parked, number=number), cohort
+        after = replace(
+            state, bank=self._retired(bank), parked=parked, number=number, revision=revision
+        )
+        return after, cohort
 
     def _fill(
         self, bank: Bank, about: KnowledgeCell, cohort: Cohort, clients: Clients
@@ -647,75 +695,100 @@ class FedKoLa:
             return bank, cohort
         return banks.seal(bank, sealed, total), cohort
 
-    def _withdraw(
-        self,
-        bank: Bank,
-        cell: Cell,
-        request: str,
-        cohort: Cohort,
-        clients: Clients,
-        *,
-        places: Sequence[tuple[int, int]] = (),
-        whole: Sequence[tuple[int, int]] = (),
-        covers: tuple[str, ...] = (),
-    ) -> Bank:
-        """The bank with what a request concerns, and all of the places ``whole``, subtracted."""
-        name = cell.about.id
-        places = places or [self._place(cell.about)]
-        asked = self._about_cell("remove", cell.about, places, request=request, whole=whole)
-        members = tuple(site for site in cohort if site in cell.about.cohort)
-        delta = clients.sum(members, asked)
-        if delta.cohort != members:
-            raise ForgetIncomplete(
-                f"{sorted(set(members) - set(delta.cohort))} did not answer the removal from "
-                f"cell {name}; nothing was changed, ask again when they are back"
-            )
-        total = wire.add(cell.total, replace(delta, grid=cell.total.grid))
-        counts = total.words.get(statistics.COUNTS, total.words[wire.WEIGHT])
-        if int(counts.min()) < 0:
-            raise ForgetIncomplete(
-                f"cell {name} would hold a negative count; a journal does not match its "
-                "contribution, nothing was changed"
-            )
-        return banks.withdraw(
-            bank,
-            name,
-            total,
-            records=int(total.words[wire.WEIGHT]),
-            contributors=int(total.words[wire.METRIC + "contributors"]),
-            k_min=self.k_min,
-            covers=covers,
-        )
+    def _sealed(self, bank: Bank) -> dict[tuple[int, int], Cohort]:
+        """The sites asked, by the place whose records are summed, in cold storage too."""
+        summed = [about for about in _abouts(bank) if about.kind is not CellKind.SCATTER]
+        return {self._place(about): about.cohort for about in summed if not about.sources}
 
-    def _withdraw_cover(
-        self,
-        before: Bank,
-        bank: Bank,
-        cell: Cell,
-        request: str,
-        cohort: Cohort,
-        clients: Clients,
-    ) -> Bank:
-        """The bank with a scatter cell reduced as the cells it covers were.
+    def _revise(
+        self, number: int, bank: Bank, votes: Aggregate, clients: Clients
+    ) -> tuple[Bank, Revision, frozenset[str]]:
+        """The bank without the old versions of records that arrived anew, and who did not answer.
 
-        What remaining sites put into a revoked cell waits for the next one, so it leaves the Gram
-        too. If one of these sites is not asked, the Gram is revoked: the next one sums it again.
+        Unless the data is declared public, old versions in one place stay until k_min sites have
+        some: the difference of the two sums would show those of a single site. Those in a cell that
+        is in cold storage stay until it is hot again.
         """
-        live = {held.about.id for held in bank.cells}
-        under = [held.about for held in banks.covered(before, cell.about)]
-        revoked = [about for about in under if about.id not in live]
-        if any(not set(about.cohort) <= set(cohort) for about in revoked):
-            return banks.revoke(bank, cell.about.id)
-        return self._withdraw(
-            bank,
-            cell,
-            request,
-            cohort,
-            clients,
-            places=[self._place(about) for about in under],
-            whole=[self._place(about) for about in revoked],
-            covers=tuple(about.id for about in under if about.id in live),
+        stale, holders = votes.words["stale"].tolist(), votes.words["stale_holders"].tolist()
+        repeats = int(votes.words["repeats"])
+        enough = 1 if self.public_reference else self.k_min
+        sealed = list(self._sealed(bank))
+        cold = {self._place(about) for about in bank.cold if about.kind is not CellKind.SCATTER}
+        chosen = [
+            i
+            for i, place in enumerate(sealed)
+            if stale[i] and holders[i] >= enough and place not in cold
+        ]
+        places = tuple(sealed[i] for i in chosen)
+        records = sum(stale[i] for i in chosen)
+        found = Revision(waiting=sum(stale) - records, repeats=repeats)
+        if not places:
+            return bank, found, frozenset()
+        cells = [
+            cell
+            for cell in bank.cells
+            if cell.about.kind is not CellKind.SCATTER
+            and not cell.about.sources
+            and self._place(cell.about) in places
+        ]
+        cells += banks.covering(bank, [cell.about.id for cell in cells])
+        loss = Loss(request=journal.revision(number), number=number, places=places)
+        bank, missing = self._withdraw(bank, cells, loss, votes.cohort, clients)
+        scopes = self._catalogue().scopes()
+        found = replace(
+            found,
+            sites=votes.cohort,
+            places=tuple((round, scopes[scope]) for round, scope in places),
+            records=records,
         )
+        return bank, found, missing
+
+    def _withdraw(
+        self, bank: Bank, cells: Sequence[Cell], loss: Loss, cohort: Cohort, clients: Clients
+    ) -> tuple[Bank, frozenset[str]]:
+        """The bank after these cells lost what they must, and the sites that did not answer.
+
+        Scatter cells come last. What remaining sites put into a cell that is revoked waits for the
+        next one, so it leaves the Gram too. If one of these sites is not asked, the Gram is
+        revoked: the next one sums it again. Raises ForgetIncomplete for a negative count.
+        """
+        before = bank
+        for cell in cells:
+            about, live = cell.about, {held.about.id for held in bank.cells}
+            under = [held.about for held in banks.covered(before, about)]
+            revoked = [held for held in under if held.id not in live]
+            if any(not set(held.cohort) <= set(cohort) for held in revoked):
+                bank = banks.revoke(bank, about.id)
+                continue
+            whole = [self._place(held) for held in revoked]
+            asked = self._about_cell(
+                "revise" if loss.number else "remove",
+                about,
+                self._places(before, about),
+                loss=loss,
+                whole=whole,
+            )
+            members = tuple(site for site in cohort if site in about.cohort)
+            delta = clients.sum(members, asked)
+            if delta.cohort != members:
+                return before, frozenset(members) - frozenset(delta.cohort)
+            total = wire.add(cell.total, replace(delta, grid=cell.total.grid))
+            counts = total.words.get(statistics.COUNTS, total.words[wire.WEIGHT])
+            if int(counts.min()) < 0:
+                raise ForgetIncomplete(
+                    f"cell {about.id} would hold a negative count; a journal does not match its "
+                    "contribution, nothing was changed"
+                )
+            bank = banks.withdraw(
+                bank,
+                about.id,
+                total,
+                records=int(total.words[wire.WEIGHT]),
+                contributors=int(total.words[wire.METRIC + "contributors"]),
+                k_min=self.k_min,
+                covers=tuple(held.id for held in under if held.id in live),
+            )
+        return bank, frozenset()
 
     def _retired(self, bank: Bank) -> Bank:
         """The bank with every open label closed that the catalogue gives an end."""
@@ -773,20 +846,21 @@ class FedKoLa:
         about: KnowledgeCell,
         places: Sequence[tuple[int, int]],
         *,
-        request: str = "",
+        loss: Loss | None = None,
         whole: Sequence[tuple[int, int]] = (),
     ) -> Broadcast:
         """Ask for one cell, the sum over ``places``: (round, scope) in a site's journal.
 
-        Under a removal ``request`` answers are integers on the cell's grid, and all of the places
-        ``whole`` is removed besides what the request concerns.
+        Under a ``loss`` answers are integers on the cell's grid, and all of the places ``whole``
+        goes besides.
         """
+        loss = loss or Loss(request="")
         position = {label.code: i for i, label in enumerate(self._catalogue().labels)}
         cell = [tuple(CellKind).index(about.kind), -1 if about.slot is None else about.slot]
         if about.kind is CellKind.LORA:
             factors = ("lora_B", "gram") if self.merge == "gram" else ("lora_B",)
             names = [f"{layer}.{factor}" for layer in self.targets for factor in factors]
-            scale = dict.fromkeys(names, 0 if request else self.fraction)
+            scale = dict.fromkeys(names, 0 if loss.request else self.fraction)
             word = 32
         else:
             rows = (statistics.SUMS, statistics.COUNTS)
@@ -801,9 +875,11 @@ class FedKoLa:
             "cell": torch.tensor(cell, dtype=torch.int64),
             "places": torch.tensor(places, dtype=torch.int64).reshape(-1, 2),
             "whole": torch.tensor(whole, dtype=torch.int64).reshape(-1, 2),
+            "part": torch.tensor(loss.places, dtype=torch.int64).reshape(-1, 2),
+            "number": torch.tensor(loss.number),
             "labels": torch.tensor([position[c] for c in about.labels], dtype=torch.int64),
             # Two removals from one cell are two questions, so the outbox keeps them apart.
-            "request": torch.tensor(list(request.encode()), dtype=torch.uint8),
+            "request": torch.tensor(list(loss.request.encode()), dtype=torch.uint8),
         }
         return ask(
             self, step, about.round, tensors, word=word, scale=scale, metrics={"contributors": 0}
@@ -821,11 +897,14 @@ class FedKoLa:
     # --- private, client --------------------------------------------------------------------------
 
     def _reconcile(self, client: Client, asked: Broadcast) -> None:
-        """Forget the journal of attempts that were never sealed with this site's addend."""
+        """Forget the journal of attempts that were never sealed with this site's addend, and LoRA
+        factors retrained for a revision that never came about."""
         mine = asked.tensors["members"][:, asked.cohort.index(client.name)]
         scopes = client.catalogue.scopes()
         sealed = {(round, scopes[scope]) for round, scope in asked.tensors["sealed"][mine].tolist()}
         journal.reconcile(client.store, sealed, round=asked.round)
+        for draft in (client.store / "receipts").glob(f"*.{journal.REVISION}*"):
+            draft.unlink()
 
     def _codes(self, client: Client, asked: Broadcast) -> tuple[str, ...]:
         return tuple(client.catalogue.labels[i].code for i in asked.tensors["labels"].tolist())
@@ -839,14 +918,18 @@ class FedKoLa:
         return {place: entry for place, entry in found.items() if entry}
 
     def _gone(self, client: Client, asked: Broadcast) -> dict[Place, frozenset[str]]:
-        """Record ids to subtract, by place: those of the request, if it was posted here, and all
-        of the places that go whole."""
+        """Record ids to subtract, by place: those of the request, if it was posted here, old
+        versions under a revision, and all of the places that go whole."""
         places = _asked_places(asked, client.catalogue)
         gone: dict[Place, frozenset[str]] = {}
         for request in forget.posted(client.store):
             if request.id == _request(asked):
                 found = forget.concerned(client.store, request)
                 gone = {place: found[place] for place in places if place in found}
+        if number := int(asked.tensors["number"]):
+            part = _asked_places(asked, client.catalogue, "part")
+            old = journal.marked(client.store, round=number)
+            gone = {place: old[place] for place in places if place in part and place in old}
         whole = _asked_places(asked, client.catalogue, "whole")
         entries = self._entries(client, asked)
         return gone | {at: frozenset(entries[at].records) for at in whole if at in entries}
@@ -919,9 +1002,10 @@ class FedKoLa:
 
     def _training_data(self, client: Client, entry: journal.Entry) -> Dataset:
         """The entry's records with their texts, capped by a fixed order of record ids."""
-        whole = client.knowledge.until(entry.round)
-        row = {record: i for i, record in enumerate(whole.records)}
-        chosen = [row[record] for record in sorted(entry.records) if record in row]
+        whole = client.knowledge.versions()
+        row = {at: i for i, at in enumerate(zip(whole.records, whole.windows, strict=True))}
+        summed = sorted(zip(entry.records, entry.windows, strict=True))
+        chosen = [row[version] for version in summed if version in row]
         if self.lora_records:
             step = max(1, len(chosen) // self.lora_records)
             chosen = chosen[::step][: self.lora_records]
@@ -944,15 +1028,20 @@ class FedKoLa:
             journal.settle(draft, path)
 
     def _shortened(self, client: Client, asked: Broadcast) -> Dataset:
-        summed = {record for entry in journal.entries(client.store) for record in entry.records}
+        summed = journal.used(client.store, before=asked.round + 1)
         whole = client.knowledge.until(asked.round)
         # Of what is held now: records under a removal must not even take a place in the draw.
-        ids = sorted(record for record in whole.records if record in summed)
+        versions = zip(whole.records, whole.windows, strict=True)
+        ids = sorted(record for record, window in versions if summed.get(record) == window)
         generator = torch.Generator().manual_seed(asked.seed % 2**63)
         order = torch.randperm(len(ids), generator=generator)[:CALIBRATION_RECORDS]
         chosen = {ids[int(i)] for i in order}
         data = whole.take([i for i, record in enumerate(whole.records) if record in chosen])
         return replace(data, texts=tuple(_shorten(text, generator) for text in data.texts))
+
+
+def _abouts(bank: Bank) -> tuple[KnowledgeCell, ...]:
+    return (*(cell.about for cell in bank.cells), *bank.cold)
 
 
 def _records(bank: Bank, cell: str) -> int:

@@ -57,6 +57,7 @@ def learn(
             records=new.records,
             patients=new.patients,
             labels=new.labels,
+            windows=new.windows,
             z=torch.zeros(len(new), 0, dtype=torch.int16),
         ),
     )

@@ -31,6 +31,7 @@ def note(client: Client, asked: Broadcast, data: Dataset, scope: str) -> None:
             records=data.records,
             patients=data.patients,
             labels=data.labels,
+            windows=data.windows,
             z=torch.zeros(len(data), 0, dtype=torch.int16),
         ),
     )

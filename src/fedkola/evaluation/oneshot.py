@@ -33,25 +33,27 @@ def compare(federation: Federation, state: BankState) -> OneShot:
     algorithm, catalogue = federation.algorithm, federation.stream.catalogue
     assert isinstance(algorithm, FedKoLa)
     position = {code: i for i, code in enumerate(catalogue.codes())}
-    live = {
-        (cell.about.round, banks.scope(cell.about)): cell.about
-        for cell in banks.of_kind(state.bank, CellKind.ANALYTIC)
-    }
+    parts = {about.id: about for about in state.bank.cold}
     waiting = {cell.about.id for cell in banks.uncovered(state.bank)}
+    live = {
+        (part.round, banks.scope(part)): (part.cohort, cell.about.id not in waiting)
+        for cell in banks.of_kind(state.bank, CellKind.ANALYTIC)
+        for part in [parts[name] for name in cell.about.sources] or [cell.about]
+    }
     z, rows, under = [], [], []
     for site in federation.sites.values():
         given = {
-            record: live[entry.round, entry.scope].id not in waiting
+            version: live[entry.round, entry.scope][1]
             for entry in journal.entries(site.store)
-            if (entry.round, entry.scope) in live
-            and site.name in live[entry.round, entry.scope].cohort
-            for record in entry.records
+            if (entry.round, entry.scope) in live and site.name in live[entry.round, entry.scope][0]
+            for version in zip(entry.records, entry.windows, strict=True)
         }
-        whole = site.knowledge.until(state.number)
-        data = whole.take([i for i, record in enumerate(whole.records) if record in given])
+        whole = site.knowledge.versions()
+        versions = list(zip(whole.records, whole.windows, strict=True))
+        data = whole.take([i for i, version in enumerate(versions) if version in given])
         z.append(federation.trainer.cache.integers(data.texts))
         rows.append(torch.tensor([position[code] for code in data.labels], dtype=torch.int64))
-        under.append(torch.tensor([given[r] for r in data.records], dtype=torch.bool))
+        under.append(torch.tensor([given[v] for v in versions if v in given], dtype=torch.bool))
     records, labels, covered = torch.cat(z), torch.cat(rows), torch.cat(under)
     recipe = {
         "features": algorithm.features,

@@ -104,14 +104,17 @@ def concerned(store: Path, request: Request) -> dict[tuple[int, str], frozenset[
     Raises UnknownCell if the site never contributed such a record.
     """
     found: dict[tuple[int, str], frozenset[str]] = {}
-    for entry in journal.entries(store):
+    entries = journal.entries(store)
+    pairs = [pair for e in entries for pair in zip(e.records, e.patients, strict=True)]
+    # A record that was once the patient's goes in all its versions.
+    patients = {record for record, patient in pairs if patient == request.name}
+    for entry in entries:
         if request.kind == "site":
             chosen = frozenset(entry.records)
         elif request.kind == "patient":
-            pairs = zip(entry.records, entry.patients, strict=True)
-            chosen = frozenset(record for record, patient in pairs if patient == request.name)
+            chosen = frozenset(entry.records) & patients
         else:
-            chosen = frozenset(record for record in entry.records if record == request.name)
+            chosen = frozenset(entry.records) & {request.name}
         if chosen:
             found[entry.round, entry.scope] = chosen
     if not found:
@@ -156,9 +159,15 @@ def settle(store: Path, request: Request) -> None:
     for receipt in (store / "receipts").glob("*"):
         if request.kind == "site":
             receipt.unlink()
-        elif receipt.name.endswith(f".{request.id}{NEXT}"):
-            receipt.replace(receipt.with_name(receipt.name.split(".")[0] + ".safetensors"))
+    adopt(store, request.id)
+    journal.unmark(store)
     _write(store / "removals.json", {**_read(store), request.id: _entry(request, settled=True)})
+
+
+def adopt(store: Path, name: str) -> None:
+    """Receipts of LoRA cells that were retrained under this name become the receipts."""
+    for draft in (store / "receipts").glob(f"*.{name}{NEXT}"):
+        draft.replace(draft.with_name(draft.name.split(".")[0] + ".safetensors"))
 
 
 def document(receipt: ForgetReceipt) -> dict[str, Any]:

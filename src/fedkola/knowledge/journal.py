@@ -1,15 +1,15 @@
 """A site's private record of what it added to which cell: the contract that removal rests on.
 
-One entry per (round, scope): record ids, patient pseudonyms, label codes and the integer
-embeddings exactly as they were summed. Removal subtracts the stored z, never a recomputation, as
-another batch shape may round differently. Entries are written atomically; nothing here is ever
-sent.
+One entry per (round, scope): record ids, patient pseudonyms, label codes, the window of the version
+that was summed, and the integer embeddings exactly as they were summed. Removal subtracts the
+stored z, never a recomputation, as another batch shape may round differently. Entries are written
+atomically; nothing here is ever sent.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,10 @@ from torch import Tensor
 from fedkola.errors import DataError, StaleUpdate
 from fedkola.types import Dataset
 
+REVISION = "revision-"
+Place = tuple[int, str]
+"""Round and scope: where a cell's records stand in the journals."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
@@ -31,6 +35,7 @@ class Entry:
     records: tuple[str, ...]
     patients: tuple[str, ...]
     labels: tuple[str, ...]
+    windows: tuple[int, ...]
     z: Tensor
 
     def __len__(self) -> int:
@@ -48,6 +53,7 @@ def write(store: Path, entry: Entry) -> None:
         "records": json.dumps(entry.records),
         "patients": json.dumps(entry.patients),
         "labels": json.dumps(entry.labels),
+        "windows": json.dumps(entry.windows),
     }
     draft = path.with_suffix(".tmp")
     save_file({"z": entry.z.contiguous()}, draft, metadata=about)
@@ -88,23 +94,74 @@ def join(found: Sequence[Entry]) -> Entry | None:
         records=tuple(record for entry in full for record in entry.records),
         patients=tuple(patient for entry in full for patient in entry.patients),
         labels=tuple(label for entry in full for label in entry.labels),
+        windows=tuple(window for entry in full for window in entry.windows),
         z=torch.cat([entry.z for entry in full]),
     )
 
 
-def used(store: Path, *, before: int) -> frozenset[str]:
-    """Ids of the records that were summed in rounds before this one."""
-    found: set[str] = set()
-    for path in sorted((store / "journal").glob("*.safetensors")):
-        if int(path.name.split("-", 1)[0]) < before:
-            found.update(json.loads(_about(path)["records"]))
-    return frozenset(found)
+def used(store: Path, *, before: int) -> dict[str, int]:
+    """Records that were summed in rounds before this one: id -> window of the newest version."""
+    found: dict[str, int] = {}
+    for about in _abouts(store, before=before):
+        for record, window in _versions(about):
+            found[record] = max(window, found.get(record, window))
+    return found
 
 
 def pending(store: Path, data: Dataset, *, round: int) -> Dataset:
-    """Records that have arrived and were in no earlier round: new ones, parked ones, late ones."""
+    """Of the newest versions ``data``, those that were in no earlier round: new ones, parked ones,
+    late ones, and those that replace a version that was. A version older than what was summed
+    comes too late and is never summed."""
     done = used(store, before=round)
-    return data.take([i for i, record in enumerate(data.records) if record not in done])
+    rows = enumerate(zip(data.records, data.windows, strict=True))
+    return data.take([i for i, (record, window) in rows if window > done.get(record, window - 1)])
+
+
+def superseded(store: Path, data: Dataset, *, before: int) -> dict[Place, frozenset[str]]:
+    """Records summed before this round of which ``data`` holds a newer version, by place."""
+    newest = dict(zip(data.records, data.windows, strict=True))
+    found: dict[Place, frozenset[str]] = {}
+    for about in _abouts(store, before=before):
+        old = frozenset(r for r, window in _versions(about) if window < newest.get(r, window))
+        if old:
+            found[int(about["round"]), about["scope"]] = old
+    return found
+
+
+def mark(store: Path, stale: Mapping[Place, Collection[str]], *, round: int) -> None:
+    """Note which records this round may take back, before anybody is told how many there are."""
+    rows = [[*place, sorted(records)] for place, records in sorted(stale.items())]
+    store.mkdir(parents=True, exist_ok=True)
+    draft = store / "stale.tmp"
+    draft.write_text(json.dumps({"round": round, "stale": rows}))
+    settle(draft, store / "stale.json")
+
+
+def marked(store: Path, *, round: int) -> dict[Place, frozenset[str]]:
+    """What ``mark`` noted for this round; nothing if the last note is of another one."""
+    path = store / "stale.json"
+    noted = json.loads(path.read_text()) if path.exists() else {}
+    if noted.get("round") != round:
+        return {}
+    return {(number, scope): frozenset(records) for number, scope, records in noted["stale"]}
+
+
+def unmark(store: Path) -> None:
+    """Drop the note, which names records; the next vote writes another."""
+    (store / "stale.json").unlink(missing_ok=True)
+
+
+def revision(round: int) -> str:
+    """The name of what a round takes back because newer versions arrived."""
+    return f"{REVISION}{round}"
+
+
+def revise(store: Path, places: Collection[Place], *, round: int) -> None:
+    """Drop what was marked in this round in these places, after the bank has changed."""
+    for place, records in marked(store, round=round).items():
+        entry = read(store, *place) if place in places else None
+        if entry:
+            _rewrite(store, entry, keep(entry, without=records))
 
 
 def reconcile(store: Path, sealed: Collection[tuple[int, str]], *, round: int) -> None:
@@ -142,11 +199,14 @@ def delete(store: Path, *, records: Collection[str]) -> None:
     """Drop records from every entry; the last step of a removal."""
     for path in sorted((store / "journal").glob("*.safetensors")):
         entry = _load(path)
-        rest = keep(entry, without=records)
-        if len(rest) == 0:
-            path.unlink()
-        elif len(rest) < len(entry):
-            write(store, rest)
+        _rewrite(store, entry, keep(entry, without=records))
+
+
+def _rewrite(store: Path, entry: Entry, rest: Entry) -> None:
+    if len(rest) == 0:
+        _path(store, entry.round, entry.scope).unlink()
+    elif len(rest) < len(entry):
+        write(store, rest)
 
 
 def _rows(entry: Entry, rows: Sequence[int]) -> Entry:
@@ -156,6 +216,7 @@ def _rows(entry: Entry, rows: Sequence[int]) -> Entry:
         records=tuple(entry.records[i] for i in rows),
         patients=tuple(entry.patients[i] for i in rows),
         labels=tuple(entry.labels[i] for i in rows),
+        windows=tuple(entry.windows[i] for i in rows),
         z=entry.z[torch.tensor(rows, dtype=torch.int64)],
     )
 
@@ -163,6 +224,16 @@ def _rows(entry: Entry, rows: Sequence[int]) -> Entry:
 def _path(store: Path, round: int, scope: str) -> Path:
     name = hashlib.sha256(scope.encode()).hexdigest()[:16]
     return store / "journal" / f"{round:06d}-{name}.safetensors"
+
+
+def _abouts(store: Path, *, before: int) -> list[dict[str, str]]:
+    paths = sorted((store / "journal").glob("*.safetensors"))
+    return [_about(path) for path in paths if int(path.name.split("-", 1)[0]) < before]
+
+
+def _versions(about: Mapping[str, str]) -> list[tuple[str, int]]:
+    pairs = zip(json.loads(about["records"]), json.loads(about["windows"]), strict=True)
+    return list(pairs)
 
 
 def _about(path: Path) -> dict[str, str]:
@@ -186,5 +257,6 @@ def _load(path: Path) -> Entry:
         records=tuple(json.loads(about["records"])),
         patients=tuple(json.loads(about["patients"])),
         labels=tuple(json.loads(about["labels"])),
+        windows=tuple(json.loads(about["windows"])),
         z=z,
     )

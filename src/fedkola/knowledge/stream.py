@@ -46,32 +46,66 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """A site's own records as they arrive: :class:`fedkola.types.Knowledge` over a dataset."""
+    """A site's own records as they arrive: :class:`fedkola.types.Knowledge` over a dataset.
+
+    A row is one version of a record: an id that arrives again in a later window with another text,
+    label, prompt or patient replaces the version before it. Of rows with one id and one window the
+    last counts. A version that says what the one before it said is no version: a window delivered
+    twice changes nothing.
+    """
 
     data: Dataset
 
     def at(self, window: int) -> Dataset:
-        """Records that reached the site in this window."""
-        return self.data.take([i for i, w in enumerate(self.data.windows) if w == window])
+        """Versions that reached the site in this window."""
+        newest = self._newest(window)
+        return self.data.take(sorted(i for i in newest if self.data.windows[i] == window))
 
     def until(self, window: int) -> Dataset:
-        """Records that reached the site in this window or before it."""
-        return self.data.take([i for i, w in enumerate(self.data.windows) if w <= window])
+        """The newest version of every record that reached the site in this window or before it."""
+        return self.data.take(sorted(self._newest(window)))
+
+    def versions(self) -> Dataset:
+        """Every row that counts, one of each record and window."""
+        rows = dict(
+            zip(
+                zip(self.data.records, self.data.windows, strict=True),
+                range(len(self.data)),
+                strict=True,
+            )
+        )
+        return self.data.take(sorted(rows.values()))
+
+    def repeats(self, window: int) -> int:
+        """Rows that arrived in this window and changed nothing."""
+        return sum(w == window for w in self.data.windows) - len(self.at(window))
 
     def without(
         self, *, patients: Collection[str] = (), records: Collection[str] = ()
     ) -> "Records":
-        """The same without these patients and records. Names not held change nothing, so that a
-        removal may be asked for twice."""
-        gone_patients, gone_records = frozenset(patients), frozenset(records)
-        kept = [
-            i
-            for i, (record, patient) in enumerate(
-                zip(self.data.records, self.data.patients, strict=True)
-            )
-            if record not in gone_records and patient not in gone_patients
-        ]
+        """The same without these patients and records, in all their versions: what was once a
+        patient's goes with the patient. Names not held change nothing, so that a removal may be
+        asked for twice."""
+        gone_patients, gone = frozenset(patients), set(records)
+        pairs = zip(self.data.records, self.data.patients, strict=True)
+        gone |= {record for record, patient in pairs if patient in gone_patients}
+        kept = [i for i, record in enumerate(self.data.records) if record not in gone]
         return Records(self.data.take(kept))
+
+    def _newest(self, window: int) -> list[int]:
+        """Rows of the newest versions as of a window."""
+        arrived = [i for i, w in enumerate(self.data.windows) if w <= window]
+        newest: dict[str, int] = {}
+        for i in sorted(arrived, key=lambda i: (self.data.windows[i], i)):
+            known = newest.get(self.data.records[i])
+            if known is None or self._said(known) != self._said(i):
+                newest[self.data.records[i]] = i
+        return list(newest.values())
+
+    def _said(self, row: int) -> tuple[str, ...]:
+        data = self.data
+        prompt = data.prompts[row] if data.prompts else ""
+        return data.texts[row], data.labels[row], data.patients[row], prompt
 
 
 def split_test(stream: Stream, share: float = 0.1) -> tuple[Dataset, Dataset]:

@@ -7,7 +7,6 @@ import pytest
 import small_federation as small
 import torch
 
-from fedkola import wire
 from fedkola.algorithms.fedkola import Calibration, FedKoLa, State
 from fedkola.errors import CohortTooSmall, ForgetIncomplete, KnowledgeError
 from fedkola.knowledge import bank as banks
@@ -143,30 +142,11 @@ def test_fewer_voters_than_k_min_open_nothing(tmp_path: Path):
         federation.algorithm.round(1, State(), ("north", "south"), federation.clients)
 
 
-def failing(step: str, *, times: int) -> "small.Callable[[small.Answer], small.Answer]":
-    """A site that answers garbage the first ``times`` that it is asked this step."""
-
-    def wrap(answer: small.Answer) -> small.Answer:
-        left = [times]
-
-        def reply(message: bytes) -> bytes:
-            asked = wire.unpack_broadcast(message)
-            if asked.step == step and left[0]:
-                left[0] -= 1
-                answer(message)  # the site did its part; its bytes are lost on the way
-                return b"garbage"
-            return answer(message)
-
-        return reply
-
-    return wrap
-
-
 @pytest.mark.parametrize("step", ["vote", "fill"])
 def test_a_site_that_vanishes_from_a_round_is_left_out_and_contributes_in_the_next(
     tmp_path: Path, step: str
 ):
-    federation = small.assemble(tmp_path, FAST, wrap={"west": failing(step, times=1)})
+    federation = small.assemble(tmp_path, FAST, wrap={"west": small.failing(step, times=1)})
     method, clients = federation.algorithm, federation.clients
     state = method.round(1, State(), small.SITES, clients)
     assert clients.tally().refused == {"west": "WireError"}
@@ -183,7 +163,7 @@ def test_a_site_that_vanishes_from_a_round_is_left_out_and_contributes_in_the_ne
 
 def test_a_sum_that_never_came_about_is_never_subtracted(tmp_path: Path):
     federation = small.assemble(
-        tmp_path, FAST, "run.rounds=1", wrap={"west": failing("fill", times=1)}
+        tmp_path, FAST, "run.rounds=1", wrap={"west": small.failing("fill", times=1)}
     )
     state = small.run(federation)
     request = small.server.Request(kind="site", site="west")
@@ -204,7 +184,7 @@ def test_a_retried_round_leaves_no_journal_of_the_attempt_that_failed(tmp_path: 
         windows = [max(window, 2) for window in whole.windows]
         sites[site] = replace(whole, windows=tuple(windows))
     federation = small.assemble(
-        tmp_path, FAST, sites=sites, wrap={"west": failing("fill", times=1)}
+        tmp_path, FAST, sites=sites, wrap={"west": small.failing("fill", times=1)}
     )
     method, clients = federation.algorithm, federation.clients
     state = method.round(1, State(), small.SITES, clients)
@@ -218,7 +198,7 @@ def test_a_retried_round_leaves_no_journal_of_the_attempt_that_failed(tmp_path: 
 def test_a_removal_that_a_site_does_not_answer_changes_nothing_and_can_be_asked_again(
     tmp_path: Path,
 ):
-    federation = small.assemble(tmp_path, FAST, wrap={"east": failing("remove", times=1)})
+    federation = small.assemble(tmp_path, FAST, wrap={"east": small.failing("remove", times=1)})
     state = small.run(federation)
     request = small.server.Request(kind="patient", site="north", name="north-p3")
     with small.Ledger.open(tmp_path) as ledger:
@@ -245,7 +225,7 @@ def test_a_journal_that_does_not_match_its_cell_cannot_push_a_count_below_zero(t
     entry = journal.entries(site.store)[0]
     again = replace(
         entry,
-        **{f: getattr(entry, f) * 9 for f in ("records", "patients", "labels")},
+        **{f: getattr(entry, f) * 9 for f in ("records", "patients", "labels", "windows")},
         z=entry.z.repeat(9, 1),
     )
     journal.write(site.store, again)

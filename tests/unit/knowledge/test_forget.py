@@ -29,6 +29,7 @@ def store(tmp_path: Path) -> Path:
                 records=tuple(record for record, _ in rows),
                 patients=tuple(patient for _, patient in rows),
                 labels=tuple("x" for _ in rows),
+                windows=tuple(number for _ in rows),
                 z=torch.zeros(len(rows), 2, dtype=torch.int16),
             ),
         )

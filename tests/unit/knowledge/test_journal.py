@@ -19,6 +19,7 @@ def entry(round: int, scope: str, *records: str) -> Entry:
         records=records,
         patients=tuple(f"p{record}" for record in records),
         labels=tuple(f"{scope}-1" for _ in records),
+        windows=tuple(1 for _ in records),
         z=torch.arange(3 * len(records), dtype=torch.int16).reshape(-1, 3),
     )
 
