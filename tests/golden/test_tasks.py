@@ -13,6 +13,7 @@ from small_clients import TableClient, Watched, dataset, joined
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from fedkola import wire
 from fedkola.algorithms import afcl, disco, feddrift, fot, hpfl, lorm, o_lora, slao, window
 from fedkola.algorithms.afcl import AFCL
 from fedkola.algorithms.disco import DISCO
@@ -270,6 +271,27 @@ def test_o_lora_averages_a_window_like_fedit_and_adds_its_product_to_the_past(tm
         torch.testing.assert_close(whole, expected, atol=1e-2, rtol=0)
         assert second.past[f"{layer}.lora_A"].shape == (2 * RANK, SHAPES[layer][1])
     assert algorithm.round(3, second, COHORT, clients) is second
+
+
+def test_o_lora_trains_beside_the_frozen_past_and_held_apart_from_it(tmp_path: Path):
+    members, given = sites(tmp_path), []
+    clients, algorithm = joined(members), o_lora_algorithm()
+    first = algorithm.round(1, algorithm.start(start()), COHORT, clients)
+
+    def fitted(weights: Weights, data: Dataset, **rest: object) -> Weights:
+        given.append(rest)
+        return weights
+
+    arrives(members[0], [("u", "b")], window=2)
+    members[0].fit = fitted
+    algorithm.round(2, first, ("A",), clients)
+    past = first.past
+    assert given[0]["penalty"].strength == 0.5
+    assert set(given[0]["penalty"].apart) == {"q.lora_A", "c.lora_A"}
+    assert torch.equal(given[0]["penalty"].apart["c.lora_A"], past["c.lora_A"])
+    assert set(given[0]["pinned"]) == {"q.delta", "c.delta"}
+    expected = 0.5 * past["c.lora_B"] @ past["c.lora_A"]
+    torch.testing.assert_close(given[0]["pinned"]["c.delta"], expected)
 
 
 def test_the_mean_of_orthogonal_factors_is_orthogonal_to_the_past_but_not_of_orthonormal_rows():
@@ -680,7 +702,7 @@ def feddrift_algorithm(**changes: float) -> FedDrift:
 
 def test_feddrifts_distances_and_merges_are_those_by_hand():
     # Rows are data of a module, columns modules; 2, 4 and 1 records.
-    loss = torch.tensor([[2.0, 3.0, 8.0], [4.4, 4.0, 8.0], [3.0, 1.2, 1.0]]).double()
+    loss = torch.tensor([[2.0, 3.0, 8.0], [2.4, 2.0, 6.0], [5.0, 2.2, 2.0]]).double()
     size = torch.tensor([2.0, 4.0, 1.0]).double()
     apart = feddrift.distances(loss, size)
     inf = float("inf")
@@ -811,3 +833,53 @@ def test_oracle_routing_averages_each_scope_and_answers_under_the_true_one(tmp_p
     assert algorithm.routed(state, Table(), ["t"], ["nowhere"]).tolist() == [[float("-inf")] * 3]
     later = algorithm.round(2, state, COHORT, clients)
     assert later.modules == state.modules
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+def several() -> dict[str, object]:
+    return {
+        "afcl": afcl_algorithm(),
+        "o_lora": o_lora_algorithm(exchanges=2),
+        "slao": SLAO(**TRAIN, exchanges=2),
+        "fot": fot_algorithm(exchanges=2),
+        "lorm": LoRM(**TRAIN, scale=0.5, exchanges=2),
+        "hpfl": hpfl_algorithm(noise=0.1),
+        "disco": disco_algorithm(exchanges=2),
+        "feddrift": feddrift_algorithm(exchanges=2),
+        "oracle": Oracle(**TRAIN, exchanges=2, scopes=CATALOGUE.scopes()),
+    }
+
+
+def bits(state: object) -> tuple[object, dict[str, list[float]]]:
+    document, tensors = wire.dump(state)
+    return document, {name: value.tolist() for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("method", list(several()))
+def test_a_round_that_is_asked_again_and_a_state_that_was_saved_give_the_same_bits(
+    tmp_path: Path, method: str
+):
+    algorithm, members = several()[method], sites(tmp_path)
+    for member in members:
+        member.trained, member.judged = learnt, concept
+    clients = joined(members)
+    before = algorithm.round(1, algorithm.start(start()), COHORT, clients)
+    arrives(members[1], [("u", "b"), ("v", "c")], window=2)
+    arrives(members[2], [("u", "b")], window=2)
+    after = algorithm.round(2, before, COHORT, clients)
+    assert clients.tally().refused == {}
+    assert bits(after) != bits(before)
+    saved = wire.load(type(before), *wire.dump(before))
+    assert bits(algorithm.round(2, saved, COHORT, clients)) == bits(after)
+
+
+@pytest.mark.parametrize("method", list(several()))
+def test_a_round_without_new_records_changes_nothing(tmp_path: Path, method: str):
+    algorithm, members = several()[method], sites(tmp_path)
+    for member in members:
+        member.trained, member.judged = learnt, concept
+    clients = joined(members)
+    state = algorithm.round(1, algorithm.start(start()), COHORT, clients)
+    assert bits(algorithm.round(2, state, COHORT, clients)) == bits(state)
