@@ -83,11 +83,12 @@ def observer(session: Session) -> server.Observe:
 
     def observe(number: int, state: Any) -> Mapping[str, float]:
         window = min(number, len(federation.stream.windows))
+        answered: Mapping[str, float] = {}
         if test.prompts:
-            return generative.measure(federation, state, window)
+            answered = generative.measure(federation, state, window)
         if federation.foundation.kind == "causal":
-            return scoring.perplexity(federation, state, test)
-        askable = scoring.askable(test, window)
+            return answered or scoring.perplexity(federation, state, test)
+        askable = generative.asked(federation.stream, window)
         found = scoring.accuracy(federation, state, askable, window=window)
         metrics: dict[str, float] = {
             "top1": found.top1,
@@ -97,7 +98,7 @@ def observer(session: Session) -> server.Observe:
         }
         for scope, (right, asked) in found.concepts.items():
             metrics[f"right/{scope}"], metrics[f"asked/{scope}"] = right, asked
-        return metrics
+        return {**answered, **metrics}
 
     return observe
 
