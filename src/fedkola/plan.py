@@ -36,10 +36,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """``name`` is "minilm", a folder or a Hugging Face id; ``threads`` 0 leaves torch's default."""
+    """``name`` is "minilm", a folder or a Hugging Face id; ``threads`` 0 leaves torch's default.
+    ``pooling`` is "mean" or, for a causal model, "last"."""
 
     name: str = "minilm"
     max_tokens: int = 64
+    pooling: str = "mean"
     batch: int = 32
     threads: int = 0
 
@@ -279,6 +281,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "engine.order": (0, _WORD),
 }
 _AVAILABILITY = ("full", "bernoulli", "markov", "diurnal")
+_POOLINGS = ("mean", "last")
 _PERIODS = ("year", "quarter")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PARTITION = re.compile(r"iid|by-label|dirichlet:(\d+(?:\.\d*)?(?:e[+-]?\d+)?)")
@@ -553,6 +556,7 @@ def _check(plan: Plan) -> None:
             ' expected an encoding that Python knows, such as "utf-8" or "cp1252"'
         ) from error
     for key, given, known in (
+        ("model.pooling", plan.model.pooling, _POOLINGS),
         ("task.period", plan.task.period, _PERIODS),
         ("scenario.availability", plan.scenario.availability, _AVAILABILITY),
     ):

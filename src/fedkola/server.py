@@ -26,6 +26,7 @@ from fedkola.errors import (
     CohortTooSmall,
     Incompatible,
     KnowledgeError,
+    ModelMismatch,
     UnknownCell,
     UnknownName,
 )
@@ -108,7 +109,12 @@ def assemble(
     check(plan)
     if plan.model.threads:
         torch.set_num_threads(plan.model.threads)
-    base = foundation or model.load(plan.model.name, max_tokens=plan.model.max_tokens)
+    base = foundation or load_base(plan)
+    if base.pooling != plan.model.pooling:
+        raise ModelMismatch(
+            f"the model given was loaded with pooling {base.pooling!r} and model.pooling = "
+            f"{plan.model.pooling!r}; load it with load_base(plan)"
+        )
     trainer = Trainer(
         foundation=base,
         cache=features.FeatureCache(base, cache),
@@ -139,6 +145,14 @@ def assemble(
         clients=Guarded(engine, run=plan.run.name, seed=plan.run.seed),
         algorithm=build(plan, stream.catalogue, trainer, level),
         level=level,
+    )
+
+
+def load_base(plan: Plan) -> Foundation:
+    """The frozen model that the plan names, embedding as it says."""
+    m = plan.model
+    return model.load(
+        m.name, max_tokens=m.max_tokens, pooling="last" if m.pooling == "last" else "mean"
     )
 
 

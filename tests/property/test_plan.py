@@ -41,7 +41,14 @@ plans = st.builds(
         seed=counts,
         folder=texts,
     ),
-    model=st.builds(Model, name=texts, max_tokens=positive, batch=positive, threads=counts),
+    model=st.builds(
+        Model,
+        name=texts,
+        max_tokens=positive,
+        pooling=st.sampled_from(["mean", "last"]),
+        batch=positive,
+        threads=counts,
+    ),
     task=st.builds(
         Task,
         name=texts,

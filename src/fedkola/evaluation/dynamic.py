@@ -25,7 +25,7 @@ from fedkola.knowledge.stream import Stream, hash_share, split_test
 from fedkola.ledger import Ledger, RoundRow
 from fedkola.plan import Plan, as_dict, override
 from fedkola.server import Federation
-from fedkola.training import features, model
+from fedkola.training import features
 from fedkola.types import Dataset
 
 TUNING_SEED = 1000
@@ -148,7 +148,7 @@ def measure(
         stream = pooled(whole, without={})
     elif not row.streamed:
         stream = at_once(whole)
-    foundation = model.load(chosen.model.name, max_tokens=chosen.model.max_tokens)
+    foundation = server.load_base(chosen)
     federation = server.assemble(chosen, stream, folder, foundation=foundation)
     # Test texts have a cache of their own: a site never embeds them.
     scorer = replace(

@@ -49,9 +49,10 @@ def embed(
     ``adapter`` under the base it adapts, y = W x + scale B (A x).
 
     The mean over a text's tokens of the last hidden state (encoder) or of the middle layer's
-    states (causal). A row has the same bits whatever the other texts and the number of threads
-    are, for one ``batch``; a text without tokens gives zeros. Raises NotFinite if the base
-    overflows, and StepFailed within an ``adapted`` block.
+    states (causal), or of the latter the one of the last token (``foundation.pooling``). A row has
+    the same bits whatever the other texts and the number of threads are, for one ``batch``; a text
+    without tokens gives zeros. Raises NotFinite if the base overflows, and StepFailed within an
+    ``adapted`` block.
     """
     ids = encode(foundation, texts)
     out = torch.zeros(len(ids), foundation.width)
@@ -59,8 +60,8 @@ def embed(
     def run(rows: list[int]) -> None:
         with torch.inference_mode():
             states = _states(foundation, filled(ids, rows, batch))
-            means = torch.nn.functional.normalize(states.mean(dim=1), dim=1)
-            out[rows] = means[: len(rows)]
+            pooled = states.mean(dim=1) if foundation.pooling == "mean" else states[:, -1]
+            out[rows] = torch.nn.functional.normalize(pooled, dim=1)[: len(rows)]
 
     with adapted(foundation, adapter or {}, scale=scale), side_by_side() as each:
         each(run, equal_lengths(ids, batch))

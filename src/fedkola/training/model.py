@@ -39,15 +39,17 @@ TOKENIZERS = (
 TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 Kind = Literal["encoder", "causal"]
+Pooling = Literal["mean", "last"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class Foundation:
     """A frozen base model with its tokenizer.
 
-    ``hash`` is a SHA-256 over configuration, weights and tokenizer files: equal hashes mean equal
-    models. ``width`` is the size of a hidden state, ``max_tokens`` where texts are cut, ``start``
-    the token every text of a causal model begins with, ``end`` the one that ends its answers.
+    ``hash`` is a SHA-256 over configuration, weights and tokenizer files, and over ``pooling``
+    where that is not the mean: equal hashes mean equal embeddings. ``width`` is the size of a
+    hidden state, ``max_tokens`` where texts are cut, ``start`` the token every text of a causal
+    model begins with, ``end`` the one that ends its answers.
     """
 
     name: str
@@ -59,12 +61,15 @@ class Foundation:
     max_tokens: int
     start: int | None = None
     end: int | None = None
+    pooling: Pooling = "mean"
 
 
-def load(name: str, *, max_tokens: int = 64) -> Foundation:
+def load(name: str, *, max_tokens: int = 64, pooling: Pooling = "mean") -> Foundation:
     """The model called ``name``: "minilm", a folder, or a Hugging Face id that is in the cache.
 
-    Raises ModelMismatch, saying which file or name is at fault and what to do.
+    ``pooling`` says which states of a causal model stand for a text: the mean of all, or the last,
+    from which the next token is predicted. Raises ModelMismatch, saying which file or name is at
+    fault and what to do, and Incompatible for the last state of an encoder.
     """
     folder = _folder(name)
     _require_files(folder)
@@ -74,6 +79,11 @@ def load(name: str, *, max_tokens: int = 64) -> Foundation:
         model = _model(folder, kind)
         tokenizer = _tokenizer(folder)
     longest = _longest(config, tokenizer)
+    if pooling == "last" and kind != "causal":
+        raise Incompatible(
+            f'model.pooling = "last", but {name} is an encoder, whose last token has no place of '
+            'its own; set model.pooling = "mean"'
+        )
     if not 1 <= max_tokens <= longest:
         raise ModelMismatch(
             f"model.max_tokens = {max_tokens}, but {name} reads 1 to {longest} tokens; "
@@ -84,7 +94,8 @@ def load(name: str, *, max_tokens: int = 64) -> Foundation:
         kind=kind,
         model=_frozen(model),
         tokenizer=tokenizer,
-        hash=_hash(folder),
+        hash=_hash(folder) if pooling == "mean" else _pooled_hash(_hash(folder), pooling),
+        pooling=pooling,
         width=int(config.hidden_size),
         max_tokens=max_tokens,
         start=getattr(tokenizer, "bos_token_id", None) if kind == "causal" else None,
@@ -252,6 +263,10 @@ def _require_files(folder: Path) -> None:
             f"model folder {folder} has no tokenizer.json; expected one of {wanted}; copy the "
             f"tokenizer files of the model into it"
         )
+
+
+def _pooled_hash(files: str, pooling: Pooling) -> str:
+    return hashlib.sha256(f"fedkola/model/1/{files}/{pooling}".encode()).hexdigest()
 
 
 def _hash(folder: Path) -> str:

@@ -3,11 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
-from fedkola.errors import NotFinite
+from fedkola.errors import Incompatible, NotFinite
 from fedkola.training import adapters
 from fedkola.training.features import FeatureCache, embed, integer_embeddings
-from fedkola.training.model import Foundation, load
+from fedkola.training.model import Foundation, encode, load
 
 TEXTS = [
     "acute fever",
@@ -198,3 +199,22 @@ def test_what_is_forgotten_is_forgotten_under_every_adapter(
     rest = FeatureCache(encoder, tmp_path)
     assert len(rest) == 0
     assert len(rest.under(adapter(encoder, 1), scale=2.0)) == 1
+
+
+def test_a_causal_model_may_embed_by_its_last_state(stories_folder: Path) -> None:
+    mean, last = (load(str(stories_folder), pooling=pooling) for pooling in ("mean", "last"))
+    text = "Once upon a time there was a dog"
+    ids = torch.tensor(encode(last, [text]))
+    with torch.no_grad():
+        states = last.model(input_ids=ids, output_hidden_states=True).hidden_states
+    by_hand = functional.normalize(states[len(states) // 2][:, -1], dim=1)
+    torch.testing.assert_close(embed(last, [text]), by_hand, rtol=1e-4, atol=1e-5)
+    assert torch.equal(embed(last, ["A cat", text, "The dog ran"])[1:2], embed(last, [text]))
+    assert not torch.allclose(embed(mean, [text]), by_hand, atol=1e-2)
+    # Integers of one must never be added to those of the other.
+    assert mean.hash != last.hash
+
+
+def test_an_encoder_has_no_last_state_to_embed_by(encoder_folder: Path) -> None:
+    with pytest.raises(Incompatible, match=r'set model\.pooling = "mean"'):
+        load(str(encoder_folder), max_tokens=24, pooling="last")
