@@ -92,7 +92,8 @@ class Site:
                 return kept.read_bytes()
             update = _step(asked)(self, asked)
             words = wire.words(update, asked.grid, asked.cohort)
-            answer = wire.pack_reply(Reply(client=self.name, words=words))
+            reply = Reply(client=self.name, question=wire.question(message), words=words)
+            answer = wire.pack_reply(reply)
             _write(kept, answer)
         except FedKolaError as error:
             self._log(f"{type(error).__name__}: {error}")

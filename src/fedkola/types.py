@@ -161,9 +161,11 @@ class Update:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What an engine carried: integer words, or the reason why there are none."""
+    """What an engine carried: integer words, or the reason why there are none. ``question`` names
+    the message it answers, so that an answer to another question cannot be summed."""
 
     client: str
+    question: str = ""
     words: Weights = field(default_factory=dict)
     refused: str = ""
 

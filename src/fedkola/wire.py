@@ -10,6 +10,7 @@ leave its word, is refused where it arises; nothing is clipped silently.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import struct
@@ -86,7 +87,12 @@ def unpack_broadcast(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Broa
 
 def pack_reply(reply: Reply) -> bytes:
     """The bytes of one site's answer: words, or a refusal code."""
-    header = {"kind": "reply", "client": reply.client, "refused": reply.refused}
+    header = {
+        "kind": "reply",
+        "client": reply.client,
+        "question": reply.question,
+        "refused": reply.refused,
+    }
     return _frame(header, reply.words)
 
 
@@ -94,8 +100,16 @@ def unpack_reply(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Reply:
     """Raises WireError or VersionMismatch for anything that ``pack_reply`` did not write."""
     header, words = _unframe(message, "reply", max_bytes)
     return Reply(
-        client=_field(header, "client", str), words=words, refused=_field(header, "refused", str)
+        client=_field(header, "client", str),
+        question=_field(header, "question", str),
+        words=words,
+        refused=_field(header, "refused", str),
     )
+
+
+def question(message: bytes) -> str:
+    """The name of a question, which its answers carry: 16 hex digits of the hash of its bytes."""
+    return hashlib.sha256(message).hexdigest()[:16]
 
 
 # --- reals and integers ---------------------------------------------------------------------------

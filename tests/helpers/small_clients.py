@@ -78,7 +78,8 @@ class TableClient:
         asked = wire.unpack_broadcast(message)
         update = rebuild(asked.algorithm).steps()[asked.step](self, asked)
         words = wire.words(update, asked.grid, asked.cohort)
-        return wire.pack_reply(Reply(client=self.name, words=words))
+        question = wire.question(message)
+        return wire.pack_reply(Reply(client=self.name, question=question, words=words))
 
 
 def dataset(site: str, rows: Rows, *, window: int = 1) -> Dataset:

@@ -37,7 +37,12 @@ def fill(federation: small.Federation, round: int, cohort: tuple[str, ...] = COH
         if o.scope == "heart"
     )
     about = method._describe(round, replace(opening, slot=0), cohort)
-    return replace(method._about_cell("fill", about), cohort=cohort, seed=5, run="small")
+    return replace(
+        method._about_cell("fill", about, [method._place(about)]),
+        cohort=cohort,
+        seed=5,
+        run="small",
+    )
 
 
 def ask(site: Site, asked: Broadcast) -> bytes:

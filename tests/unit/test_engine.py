@@ -1,6 +1,7 @@
 """The in-process engine: what a site does wrong is its own refusal, never an error of the round."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from fedkola import wire
 from fedkola.engines import ENGINES
 from fedkola.engines.in_process import InProcess
 from fedkola.errors import CohortTooSmall, Unreachable
-from fedkola.types import Broadcast, Grid, Reply, Update
+from fedkola.types import Broadcast, Grid, Reply, Update, Weights
 
 GRID = Grid(word=32, bits=32, scale={"weight": 0, "x": 0})
 ASKED = Broadcast(round=1, step="count", tensors={}, grid=GRID, algorithm={})
@@ -22,9 +23,13 @@ def counting(name: str, number: int) -> Answer:
     def answer(message: bytes) -> bytes:
         asked = wire.unpack_broadcast(message)
         update = Update(client=name, tensors={"x": torch.tensor([number])}, weight=1)
-        return wire.pack_reply(Reply(client=name, words=wire.words(update, asked.grid, ("a",))))
+        return answered(message, name, wire.words(update, asked.grid, ("a",)))
 
     return answer
+
+
+def answered(message: bytes, name: str, words: Weights) -> bytes:
+    return wire.pack_reply(Reply(client=name, question=wire.question(message), words=words))
 
 
 def three(**others: Answer) -> dict[str, Answer]:
@@ -73,18 +78,20 @@ def as_someone_else(message: bytes) -> bytes:
 
 def with_another_name(message: bytes) -> bytes:
     words = {"y": torch.zeros(1, dtype=torch.int32), "weight": torch.tensor(1, dtype=torch.int32)}
-    return wire.pack_reply(Reply(client="c", words=words))
+    return answered(message, "c", words)
 
 
 def in_floats(message: bytes) -> bytes:
-    return wire.pack_reply(
-        Reply(client="c", words={"x": torch.ones(1), "weight": torch.tensor(1.0)})
-    )
+    return answered(message, "c", {"x": torch.ones(1), "weight": torch.tensor(1.0)})
 
 
 def in_another_shape(message: bytes) -> bytes:
     update = Update(client="c", tensors={"x": torch.zeros(5, dtype=torch.int64)}, weight=1)
-    return wire.pack_reply(Reply(client="c", words=wire.words(update, GRID, ("c",))))
+    return answered(message, "c", wire.words(update, GRID, ("c",)))
+
+
+def to_another_question(message: bytes) -> bytes:
+    return counting("c", 100)(wire.pack_broadcast(replace(ASKED, round=9)))
 
 
 def refusing(message: bytes) -> bytes:
@@ -98,6 +105,7 @@ def refusing(message: bytes) -> bytes:
         (of_another_version, "VersionMismatch"),
         (as_someone_else, "WireError"),
         (with_another_name, "WireError"),
+        (to_another_question, "StaleUpdate"),
         (in_floats, "WireError"),
         (in_another_shape, "WireError"),
         (raising, "Unreachable"),

@@ -22,7 +22,8 @@ def heard(*questions: Broadcast, seed: int = 7, run: str = "r") -> list[Broadcas
 
     def answer(message: bytes) -> bytes:
         got.append(wire.unpack_broadcast(message))
-        return wire.pack_reply(Reply(client="a", words={"weight": torch.tensor(1).int()}))
+        words = {"weight": torch.tensor(1).int()}
+        return wire.pack_reply(Reply(client="a", question=wire.question(message), words=words))
 
     clients = Guarded(InProcess({"a": answer}), run=run, seed=seed)
     for question in questions:

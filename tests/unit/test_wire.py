@@ -172,7 +172,7 @@ def test_a_header_that_is_no_object_is_refused(header: bytes):
 
 
 def test_a_body_that_is_no_safetensors_is_refused():
-    header = {"kind": "reply", "client": "s", "refused": ""}
+    header = {"kind": "reply", "client": "s", "question": "", "refused": ""}
     assert wire.unpack_reply(framed(header)).client == "s"
     for body in (b"\x80\x04K\x01.", b"\xff" * 64, struct.pack("<Q", 2**63) + b"{}"):
         with pytest.raises(WireError):

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 
 from fedkola import wire
-from fedkola.errors import EngineError, Unreachable, WireError
+from fedkola.errors import EngineError, StaleUpdate, Unreachable, WireError
 from fedkola.types import Aggregate, Broadcast, Cohort, Grid, Reply, Tally, Update
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class InProcess:
         """One site's answer; what goes wrong is a refusal of that site, never of the round."""
         try:
             reply = self._read(name, message, grid)
-        except EngineError as error:
+        except (EngineError, StaleUpdate) as error:
             logger.warning("site %s: %s: %s", name, type(error).__name__, error)
             reply = Reply(client=name, refused=type(error).__name__)
         if reply.refused:
@@ -87,5 +87,10 @@ class InProcess:
         if reply.client != name:
             raise WireError(f"it answered as {reply.client!r:.80}")
         if not reply.refused:
+            if reply.question != wire.question(message):
+                raise StaleUpdate(
+                    "it answered another question, as of an earlier round or a cell that is "
+                    "closed; not summed"
+                )
             wire.check_grid(reply, grid)
         return reply
