@@ -167,6 +167,9 @@ class Knowledge:
     label_floor: int = 16
     public_reference: bool = False
     scatter_share: float = 0.0
+    adapt_share: float = 1.0
+    adapt_rank: int = 32
+    adapt_shortened: float = 0.5
     membership: str = "padded"
     top_k: int = 3
     tau_g: float = 1.0
@@ -272,6 +275,9 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "knowledge.k_min": (1, _WORD),
     "knowledge.label_floor": (0, _WORD),
     "knowledge.scatter_share": (0, _HUGE),
+    "knowledge.adapt_share": (0, _HUGE),
+    "knowledge.adapt_rank": (1, _WORD),
+    "knowledge.adapt_shortened": (0, 1),
     "knowledge.top_k": (1, _WORD),
     "knowledge.tau_g": (_TINY, _HUGE),
     "knowledge.coverage_min": (0, 1),

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fedkola.algorithms.adapted import Adapted
 from fedkola.algorithms.afcl import AFCL
 from fedkola.algorithms.disco import DISCO
 from fedkola.algorithms.ewc import EWC
@@ -28,6 +29,7 @@ from fedkola.types import Algorithm, Spec
 
 ALGORITHMS: Mapping[str, type[Any]] = {
     "fedkola": FedKoLa,
+    "adapted": Adapted,
     "fedit": FedIT,
     "ffa_lora": FFALoRA,
     "rolora": RoLoRA,

@@ -33,8 +33,17 @@ from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.setting import Setting
 from fedkola.algorithms.setting import rule as planned_rule
 from fedkola.errors import CohortTooSmall, ForgetIncomplete, Incompatible, KnowledgeError
+from fedkola.knowledge import (
+    adaptation,
+    basis,
+    candidates,
+    forget,
+    journal,
+    router,
+    statistics,
+    views,
+)
 from fedkola.knowledge import bank as banks
-from fedkola.knowledge import basis, candidates, forget, journal, router, statistics, views
 from fedkola.knowledge.bank import Bank, Cell, CellKind, KnowledgeCell
 from fedkola.knowledge.journal import Place
 from fedkola.knowledge.views import Rule, View
@@ -98,6 +107,8 @@ class State:
     parked: Mapping[str, int] = field(default_factory=dict)
     number: int = 0
     revision: Revision = field(default_factory=Revision)
+    base: Mapping[str, Tensor] = field(default_factory=dict)
+    consolidated: int = 0
 
     @property
     def weights(self) -> Weights:
@@ -145,6 +156,7 @@ class FedKoLa:
     clip: float
     fraction: int
     level: int
+    base: str = ""
     # The server's own: opening rules and the public label list.
     k_min: int = field(metadata=LOCAL, default=3)
     label_floor: int = field(metadata=LOCAL, default=16)
@@ -157,6 +169,7 @@ class FedKoLa:
     targets: Mapping[str, tuple[int, int]] = field(metadata=LOCAL, default_factory=dict)
     tau_g: float = field(metadata=LOCAL, default=1.0)
     top_k: int = field(metadata=LOCAL, default=3)
+    factors: Weights = field(metadata=LOCAL, default_factory=dict)
 
     @classmethod
     def of(cls, setting: Setting) -> Self:
@@ -207,14 +220,25 @@ class FedKoLa:
     def start(self, weights: Weights) -> State:
         return State()
 
+    def on(self, base: Weights) -> Self:
+        """The same method where sites embed under the base that is adapted by ``base``."""
+        return replace(self, base=adaptation.digest(base), factors=base) if base else self
+
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
         """Vote, revise, fill what enough sites hold, publish. Sites that vanish mid-way are left
         out."""
+        after, survivors = self.on(state.base).collect(number, state, cohort, clients)
+        return self.calibrate(after, survivors, clients)
+
+    def collect(
+        self, number: int, state: State, cohort: Cohort, clients: Clients
+    ) -> tuple[State, Cohort]:
+        """The state after a vote and its fills, and the sites that answered all of them."""
         after, survivors = self._vote_and_fill(number, state, cohort, clients)
         while survivors != cohort:
             cohort = survivors
             after, survivors = self._vote_and_fill(number, state, cohort, clients)
-        return self.calibrate(after, cohort, clients)
+        return after, cohort
 
     def openings(self, votes: Aggregate, bank: Bank) -> tuple[tuple[Opening, ...], dict[str, int]]:
         """Cells to fill and scopes to park (scope -> records): a pure function of sums.
@@ -274,7 +298,7 @@ class FedKoLa:
         records = sum(about.records for about in waiting)
         scatters = banks.of_kind(bank, CellKind.SCATTER)
         due = self.scatter_share * sum(cell.about.records for cell in scatters)
-        floor = statistics.records_floor(self.features, self.width)
+        floor = statistics.records_floor(self.features, self.inputs)
         if not waiting or records < max(due, 1 if self.public_reference else floor):
             return None
         recipe = self._recipe(CellKind.SCATTER)
@@ -298,6 +322,8 @@ class FedKoLa:
 
     def calibrate(self, state: State, cohort: Cohort, clients: Clients) -> State:
         """Publish the view; sites answer how well it scores their shortened records, as sums."""
+        if state.base and not self.base:
+            return self.on(state.base).calibrate(state, cohort, clients)
         state = replace(state, calibration=Calibration())
         if "analytic" not in self.lanes or not state.bank.cells:
             return state
@@ -307,7 +333,7 @@ class FedKoLa:
             self,
             "publish",
             state.number,
-            {**tensors, "about": about},
+            {**tensors, "about": about, **adaptation.carried(self.factors)},
             word=64,
             scale={"likelihood": 20, "unknown": 0},
         )
@@ -321,7 +347,7 @@ class FedKoLa:
         edge = (int(exceeded.sum()) / UNKNOWN_BINS) * (high - low) + low
         calibration = Calibration(
             temperature=TEMPERATURES[int(likelihood.argmax())],
-            unknown=edge * self.width,
+            unknown=edge * self.inputs,
             records=records,
         )
         return replace(state, calibration=calibration)
@@ -403,7 +429,16 @@ class FedKoLa:
         """Scores (n, nodes) of the whole bank; -inf for nodes that no live cell knows."""
         if not state.bank.cells:
             return torch.full((len(texts), len(reader.nodes)), float("-inf"))
-        return views.answer(self.view(state), reader.features(texts), reader.nodes, self.level)
+        z = self.embed(state.base, reader, texts)
+        return views.answer(self.view(state), z, reader.nodes, self.level)
+
+    def embed(self, base: Weights, reader: Reader, texts: Sequence[str]) -> Tensor:
+        """Integer embeddings as sites sum them: frozen, and under an adapted base beside it."""
+        frozen = reader.features(texts)
+        if not base:
+            return frozen
+        adapter = adaptation.whole(base, self.targets, seed=self.basis_seed)
+        return adaptation.beside(frozen, reader.features(texts, adapter=adapter))
 
     def losses(
         self, state: State, reader: Reader, prompts: Sequence[str], texts: Sequence[str]
@@ -416,7 +451,7 @@ class FedKoLa:
         found = reader.losses(weights, prompts, texts, gate=gate)
         if view.head is None or not prompts:
             return found
-        z, names = reader.features(prompts), reader.catalogue.texts
+        z, names = self.embed(state.base, reader, prompts), reader.catalogue.texts
         known = torch.ones(len(prompts), dtype=torch.bool)
         if view.router is not None:
             known = router.unknown(view.router, z) <= state.calibration.unknown
@@ -438,7 +473,8 @@ class FedKoLa:
             return reader.generate({}, prompts, max_new_tokens=max_new_tokens)
         view = self.view(state)
         if view.head is not None:
-            found = views.answer(view, reader.features(prompts), reader.nodes, self.level)
+            z = self.embed(state.base, reader, prompts)
+            found = views.answer(view, z, reader.nodes, self.level)
             return candidates.replies(found, reader.nodes, reader.catalogue.texts)
         weights, gate = self._composed(view, reader, prompts)
         return reader.generate(weights, prompts, max_new_tokens=max_new_tokens, gate=gate)
@@ -525,7 +561,7 @@ class FedKoLa:
                 patients=mine.patients,
                 labels=mine.labels,
                 windows=mine.windows,
-                z=client.features(mine),
+                z=self._embedded(client, asked, mine),
             )
             journal.write(client.store, entry)
         update = self._addend(client, asked, [entry] if entry else [])
@@ -538,7 +574,7 @@ class FedKoLa:
         Half of the words of each record are dropped, as a clinician's wording is shorter than,
         and different from, the official one; the full texts were trained on.
         """
-        tensors = dict(asked.tensors)
+        _, tensors = adaptation.split(asked.tensors)
         document = json.loads(bytes(tensors.pop("about").numpy()))
         view = views.from_tensors(document, tensors)
         data = self._shortened(client, asked)
@@ -546,7 +582,7 @@ class FedKoLa:
         histogram = torch.zeros(UNKNOWN_BINS, dtype=torch.int64)
         counted = 0
         if len(data) and view.head:
-            z = client.features(data)
+            z = self._embedded(client, asked, data)
             path = {label.code: label.path[self.level] for label in client.catalogue.labels}
             place = {node: i for i, node in enumerate(view.head.nodes[self.level])}
             rows = [i for i, code in enumerate(data.labels) if path[code] in place]
@@ -558,7 +594,7 @@ class FedKoLa:
             counted = len(rows)
             if view.router:
                 low, high = UNKNOWN_RANGE
-                share = (router.unknown(view.router, z) / self.width - low) / (high - low)
+                share = (router.unknown(view.router, z) / self.inputs - low) / (high - low)
                 bins = (share * UNKNOWN_BINS).floor().clamp(0, UNKNOWN_BINS - 1).to(torch.int64)
                 histogram = torch.bincount(bins, minlength=UNKNOWN_BINS)
         return Update(
@@ -611,6 +647,11 @@ class FedKoLa:
             gate = views.gate(view, p, top_k=self.top_k)
         return views.slots(view, modules), gate
 
+    @property
+    def inputs(self) -> int:
+        """Numbers of an embedding that enters cells: the frozen one, and the adapted beside it."""
+        return 2 * self.width if self.base else self.width
+
     def _catalogue(self) -> Catalogue:
         if self.catalogue is None:
             raise KnowledgeError("the server half needs the task's catalogue of labels")
@@ -620,7 +661,7 @@ class FedKoLa:
         # Label rows have floors of their own; d records give a router's moment its full rank.
         floors = {
             CellKind.ANALYTIC: 1,
-            CellKind.ROUTER: self.width,
+            CellKind.ROUTER: self.inputs,
             CellKind.LORA: 16 * self.rank,
         }
         return max(floors[kind] for kind in self.kinds())
@@ -823,10 +864,11 @@ class FedKoLa:
 
     def _recipe(self, kind: CellKind) -> dict[str, Scalar]:
         """What every addend to a cell of this kind must share."""
+        base: dict[str, Scalar] = {"base": self.base} if self.base else {}
         if kind in (CellKind.ANALYTIC, CellKind.SCATTER):
-            return {"features": self.features, "bits": self.bits, "seed": self.feature_seed}
+            return {"features": self.features, "bits": self.bits, "seed": self.feature_seed, **base}
         if kind is CellKind.ROUTER:
-            return {}
+            return base
         return {
             "rank": self.rank,
             "scale": self.scale,
@@ -881,6 +923,8 @@ class FedKoLa:
             # Two removals from one cell are two questions, so the outbox keeps them apart.
             "request": torch.tensor(list(loss.request.encode()), dtype=torch.uint8),
         }
+        if step == "fill" and about.kind in (CellKind.ANALYTIC, CellKind.ROUTER):
+            tensors |= adaptation.carried(self.factors)
         return ask(
             self, step, about.round, tensors, word=word, scale=scale, metrics={"contributors": 0}
         )
@@ -908,6 +952,15 @@ class FedKoLa:
 
     def _codes(self, client: Client, asked: Broadcast) -> tuple[str, ...]:
         return tuple(client.catalogue.labels[i].code for i in asked.tensors["labels"].tolist())
+
+    def _embedded(self, client: Client, asked: Broadcast, data: Dataset) -> Tensor:
+        """What enters cells of these records, under the base that the question names."""
+        frozen = client.features(data)
+        base, _ = adaptation.split(asked.tensors)
+        if not base:
+            return frozen
+        adapter = adaptation.whole(base, client.targets, seed=self.basis_seed)
+        return adaptation.beside(frozen, client.features(data, adapter=adapter))
 
     def _entries(self, client: Client, asked: Broadcast) -> dict[Place, journal.Entry]:
         """What this site put into the cell, by place."""
@@ -938,7 +991,7 @@ class FedKoLa:
         """One site's contribution to one cell; zeros without entries."""
         kind, entry = _kind(asked), journal.join(tuple(entries))
         recipe = {"features": self.features, "bits": self.bits, "seed": self.feature_seed}
-        z = entry.z if entry else torch.zeros(0, self.width, dtype=torch.int16)
+        z = entry.z if entry else torch.zeros(0, self.inputs, dtype=torch.int16)
         if kind is CellKind.LORA:
             tensors = self._lora(client, asked, entry)
         elif kind is CellKind.SCATTER:

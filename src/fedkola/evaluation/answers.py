@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.errors import KnowledgeError, UnknownName
+from fedkola.evaluation.scoring import reader
 from fedkola.knowledge import router, views
 from fedkola.knowledge.views import View
 from fedkola.server import Federation
+from fedkola.types import Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +49,10 @@ def answer(
     as_of: str,
     top_k: int,
     level: str = "",
+    base: Weights | None = None,
 ) -> tuple[Answer, ...]:
-    """Answers of ``view``; ``whole`` is the same view with every module held, for coverage.
+    """Answers of ``view``; ``whole`` is the same view with every module held, for coverage, and
+    ``base`` the adapted base of the state, if it has one.
 
     Raises UnknownName for a level the task does not have, KnowledgeError without analytic cells.
     """
@@ -60,7 +65,9 @@ def answer(
             "this bank has no analytic cells, so it cannot answer with labels; add "
             '"analytic" to knowledge.lanes'
         )
-    z = federation.trainer.cache.integers(texts)
+    algorithm = federation.algorithm
+    assert isinstance(algorithm, FedKoLa)
+    z = algorithm.embed(base or {}, reader(federation), texts)
     scores = views.scores(view.head, z, position)
     best = torch.softmax(scores / temperature, dim=1).topk(min(top_k, scores.shape[1]), dim=1)
     covered, far, scopes = _coverage(federation, view, whole, z)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
+from fedkola.evaluation.scoring import reader
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import journal, statistics
 from fedkola.knowledge.bank import Bank, CellKind
@@ -51,7 +52,7 @@ def compare(federation: Federation, state: BankState) -> OneShot:
         whole = site.knowledge.versions()
         versions = list(zip(whole.records, whole.windows, strict=True))
         data = whole.take([i for i, version in enumerate(versions) if version in given])
-        z.append(federation.trainer.cache.integers(data.texts))
+        z.append(algorithm.embed(state.base, reader(federation), data.questions))
         rows.append(torch.tensor([position[code] for code in data.labels], dtype=torch.int64))
         under.append(torch.tensor([given[v] for v in versions if v in given], dtype=torch.bool))
     records, labels, covered = torch.cat(z), torch.cat(rows), torch.cat(under)
@@ -74,7 +75,9 @@ def compare(federation: Federation, state: BankState) -> OneShot:
         ),
         records=len(labels),
         state=BankState(
-            bank=banks.alone("one-shot", pooled, catalogue.codes(), recipe), number=state.number
+            bank=banks.alone("one-shot", pooled, catalogue.codes(), recipe),
+            number=state.number,
+            base=state.base,
         ),
     )
 

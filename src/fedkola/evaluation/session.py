@@ -158,6 +158,7 @@ def predict(
         as_of=moment if valid_at is None else f"{moment}, valid at {valid_at:g}",
         top_k=top_k,
         level=level,
+        base=state.base,
     )
 
 

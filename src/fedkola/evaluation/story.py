@@ -258,6 +258,7 @@ def _ask(
         whole=algorithm.view(state),
         as_of=names[min(state.number, len(names)) - 1],
         top_k=3,
+        base=state.base,
     )
 
 

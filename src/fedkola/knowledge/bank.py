@@ -712,6 +712,30 @@ def _free_slot(bank: Bank, scope: str, slots_max: int) -> int:
     return free
 
 
+def records(bank: Bank) -> int:
+    """Records in live analytic cells."""
+    return sum(cell.about.records for cell in of_kind(bank, CellKind.ANALYTIC))
+
+
+def open_rows(bank: Bank) -> tuple[str, ...]:
+    """Labels with records in live analytic cells, in the order in which they were opened."""
+    filled = {
+        code
+        for cell in of_kind(bank, CellKind.ANALYTIC)
+        for code, count in zip(cell.about.labels, cell.total.words[COUNTS].tolist(), strict=True)
+        if count
+    }
+    return tuple(entry.code for entry in bank.labels if entry.code in filled)
+
+
+def emptied(bank: Bank, kinds: Sequence[CellKind]) -> Bank:
+    """The bank without live cells of these kinds: what they held is about to be summed anew."""
+    for cell in bank.cells:
+        if cell.about.kind in kinds:
+            bank = _revoke(bank, cell.about)
+    return bank
+
+
 def _changed(bank: Bank, module: KnowledgeModule) -> Bank:
     modules = tuple(module if m.id == module.id else m for m in bank.modules)
     return replace(bank, modules=modules)

@@ -1,0 +1,190 @@
+"""FedKoLa on a representation that the federation adapts as its knowledge grows.
+
+server:  anchors <- mean frozen embedding of every node                  lesson 1, a sum
+         B <- B + sum_k n_k (B_k - B) / sum_k n_k, a few times           lesson 2, FFA-LoRA
+         bank <- empty; vote and fill under (frozen, adapted)            consolidation
+client:  B_k = fit(B; cross-entropy against the fixed anchors, half of the records shortened)
+
+Consolidation comes when the records have grown by ``adapt_share`` since the last one. B always
+starts from zero and learns from everything that sites hold by then, so the newest base does not
+depend on older ones; every site sums its records anew under it, which is exact. A site that is
+away sums its records when it returns. Use it where frozen features are the limit; what it gives up
+is that removal reaches the adapter only with the next consolidation (:meth:`Adapted.consolidate`).
+Sources: FFA-LoRA (Sun et al., ICLR 2024), prototypes as fixed classifiers (FedBABU, Oh et al., ICLR
+2022; FedProto, Tan et al., AAAI 2022).
+"""
+
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
+
+import torch
+
+from fedkola import wire
+from fedkola.algorithms.ask import LOCAL, ask
+from fedkola.algorithms.fedkola import FedKoLa, State
+from fedkola.algorithms.setting import Setting
+from fedkola.errors import CohortTooSmall, Incompatible
+from fedkola.knowledge import adaptation
+from fedkola.knowledge import bank as banks
+from fedkola.knowledge.bank import Bank, CellKind, KnowledgeCell
+from fedkola.types import (
+    Aggregate,
+    Broadcast,
+    Client,
+    Clients,
+    Cohort,
+    Dataset,
+    Steps,
+    Update,
+    Weights,
+)
+
+GRID = 20
+KINDS = (CellKind.ANALYTIC, CellKind.ROUTER, CellKind.SCATTER)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted(FedKoLa):
+    epochs: float
+    shortened: float
+    adapt_rank: int
+    exchanges: int
+    adapt_share: float = field(metadata=LOCAL, default=1.0)
+    until: int | None = field(metadata=LOCAL, default=None)
+
+    @classmethod
+    def of(cls, setting: Setting) -> Self:
+        """Raises Incompatible with a LoRA lane: modules would be slots of a base that moves."""
+        k, a = setting.plan.knowledge, setting.plan.algorithm
+        if "lora" in k.lanes:
+            raise Incompatible(
+                'algorithm.name = adapted moves the base, so knowledge.lanes cannot have "lora"; '
+                "use one or the other"
+            )
+        plain = FedKoLa.of(setting)
+        return cls(
+            **{f.name: getattr(plain, f.name) for f in fields(plain)},
+            epochs=a.epochs,
+            exchanges=max(a.exchanges, 1),
+            shortened=k.adapt_shortened,
+            adapt_rank=k.adapt_rank,
+            adapt_share=k.adapt_share,
+        )
+
+    # --- server half ------------------------------------------------------------------------------
+
+    def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
+        """A round of FedKoLa; and where the bank has grown enough, a consolidation."""
+        due = math.ceil((1 + self.adapt_share) * state.consolidated) or 1
+        method = replace(self, until=due).on(state.base)
+        after, survivors = method.collect(number, state, cohort, clients)
+        if banks.records(after.bank) < due:
+            return self.calibrate(after, survivors, clients)
+        return self.consolidate(after, survivors, clients)
+
+    def consolidate(self, state: State, cohort: Cohort, clients: Clients) -> State:
+        """Adapt the base anew to what this cohort holds now, and sum everything under it."""
+        base = self.adapt(state, cohort, clients)
+        empty = replace(state, bank=banks.emptied(state.bank, KINDS), base=base)
+        after, survivors = self.on(base).collect(state.number, empty, cohort, clients)
+        after = replace(after, consolidated=banks.records(after.bank))
+        return self.calibrate(after, survivors, clients)
+
+    def adapt(self, state: State, cohort: Cohort, clients: Clients) -> Weights:
+        """The factors B of a new base. Only labels with an open row take part."""
+        position = {code: i for i, code in enumerate(self._catalogue().codes())}
+        rows = [position[code] for code in banks.open_rows(state.bank)]
+        open_labels = torch.tensor(rows, dtype=torch.int64)
+        asked = ask(
+            self,
+            "anchors",
+            state.number,
+            {"labels": open_labels},
+            word=64,
+            scale={"sums": 0, "counts": 0},
+        )
+        seen = self._enough(clients.sum(cohort, asked)).words
+        anchors = adaptation.anchors(seen["sums"], seen["counts"])
+        base: Weights = adaptation.zero(self.targets, rank=self.adapt_rank)
+        for exchange in range(self.exchanges):
+            asked = ask(
+                self,
+                "learn",
+                state.number,
+                {"labels": open_labels, "anchors": anchors, **adaptation.carried(base)},
+                word=32,
+                scale=dict.fromkeys(base, GRID),
+            )
+            step = wire.mean(self._enough(clients.sum(cohort, replace(asked, seed=exchange))))
+            base = {name: old + step[name] for name, old in base.items()}
+        return base
+
+    def pooling(self, number: int, bank: Bank, cohort: Cohort) -> KnowledgeCell | None:
+        """No Gram of cells that a consolidation is about to sum anew."""
+        if self.until is not None and banks.records(bank) >= self.until:
+            return None
+        return super().pooling(number, bank, cohort)
+
+    def _enough(self, found: Aggregate) -> Aggregate:
+        if len(found.cohort) < self.k_min:
+            raise CohortTooSmall(
+                f"{len(found.cohort)} sites answered a lesson, {self.k_min} are needed for any sum "
+                "to be opened; wait for more sites or lower knowledge.k_min"
+            )
+        return found
+
+    # --- client half ------------------------------------------------------------------------------
+
+    def steps(self) -> Steps:
+        return {**super().steps(), "anchors": self.anchors, "learn": self.learn}
+
+    def anchors(self, client: Client, asked: Broadcast) -> Update:
+        """Sums of frozen integer embeddings by node, and how many there are."""
+        data = self._held(client, asked)
+        rows = torch.tensor(self._nodes(client, data), dtype=torch.int64)
+        z = client.features(data).to(torch.int64)
+        count = len(client.catalogue.nodes(self.level))
+        return Update(
+            client=client.name,
+            weight=len(data),
+            tensors={
+                "sums": torch.zeros(count, self.width, dtype=torch.int64).index_add_(0, rows, z),
+                "counts": torch.bincount(rows, minlength=count),
+            },
+        )
+
+    def learn(self, client: Client, asked: Broadcast) -> Update:
+        """The weighted change of B after a share of an epoch towards the anchors."""
+        base, rest = adaptation.split(asked.tensors)
+        data = adaptation.lesson(
+            self._held(client, asked),
+            share=min(1.0, self.epochs / self.exchanges),
+            shortened=self.shortened,
+            seed=asked.seed,
+        )
+        head = {"head.weight": rest["anchors"], "head.bias": torch.zeros(len(rest["anchors"]))}
+        factors = adaptation.pinned(client.targets, rank=self.adapt_rank, seed=self.basis_seed)
+        trained = client.fit(
+            base,
+            data,
+            steps=math.ceil(len(data) / self.batch),
+            batch=self.batch,
+            lr=self.lr,
+            seed=asked.seed,
+            classes=client.catalogue.nodes(self.level),
+            pinned={**factors, **head},
+        )
+        changes = {name: len(data) * (trained[name] - old) for name, old in base.items()}
+        return Update(client=client.name, tensors=changes, weight=len(data))
+
+    def _held(self, client: Client, asked: Broadcast) -> Dataset:
+        """Everything that has arrived under the labels asked for, in the order of arrival."""
+        codes = set(self._codes(client, asked))
+        data = client.knowledge.until(asked.round)
+        return data.take([i for i, code in enumerate(data.labels) if code in codes])
+
+    def _nodes(self, client: Client, data: Dataset) -> list[int]:
+        place = {node: i for i, node in enumerate(client.catalogue.nodes(self.level))}
+        path = {label.code: label.path[self.level] for label in client.catalogue.labels}
+        return [place[path[code]] for code in data.labels]
