@@ -55,12 +55,19 @@ class Adapted(FedKoLa):
 
     @classmethod
     def of(cls, setting: Setting) -> Self:
-        """Raises Incompatible with a LoRA lane: modules would be slots of a base that moves."""
+        """Raises Incompatible for a rank that does not fit, and with a LoRA lane: its modules would
+        be slots of a base that moves."""
         k, a = setting.plan.knowledge, setting.plan.algorithm
         if "lora" in k.lanes:
             raise Incompatible(
                 'algorithm.name = adapted moves the base, so knowledge.lanes cannot have "lora"; '
                 "use one or the other"
+            )
+        narrowest = min(width for _, width in setting.targets.values())
+        if k.adapt_rank > narrowest:
+            raise Incompatible(
+                f"knowledge.adapt_rank = {k.adapt_rank} does not fit the model, whose narrowest "
+                f"adapted layer reads {narrowest} numbers; lower it"
             )
         plain = FedKoLa.of(setting)
         return cls(

@@ -64,6 +64,11 @@ def test_an_adapter_and_module_slots_do_not_share_a_base(tmp_path: Path):
         small.assemble(tmp_path, "algorithm.name=adapted", 'knowledge.lanes=["analytic", "lora"]')
 
 
+def test_a_rank_that_the_model_cannot_hold_is_refused_before_round_one(tmp_path: Path):
+    with pytest.raises(Incompatible, match="reads 16 numbers"):
+        small.assemble(tmp_path, *SETTINGS, "knowledge.adapt_rank=17")
+
+
 def test_answers_are_read_under_the_base_that_sums_were_made_under(tmp_path: Path):
     federation, state = finished(tmp_path, "knowledge.adapt_share=0", "knowledge.features=256")
     test = scoring.askable(federation.stream.test, 3)
