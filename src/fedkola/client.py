@@ -117,6 +117,9 @@ class Site:
         penalty: Penalty | None = None,
     ) -> Weights:
         """Train on this site's records; an encoder without a head has nothing to learn from."""
+        if self._trainer.foundation.kind == "causal":
+            # Its answers are text: a head of labels is no part of what it computes.
+            weights = {name: v for name, v in weights.items() if not name.startswith("head.")}
         labels = self._targets(weights, data, classes, pinned)
         if self._trainer.foundation.kind == "encoder" and labels is None:
             return dict(weights)

@@ -77,6 +77,16 @@ def test_the_analytic_lane_answers_new_phrasings_with_the_text_of_a_value(
     assert found["tokens"] == untrained["tokens"]
 
 
+def test_the_deep_lane_learns_answers_that_have_labels(stories: Foundation, tmp_path: Path) -> None:
+    lanes = 'knowledge.lanes=["lora", "router"]'
+    settings = ("algorithm.name=fedkola", "run.rounds=1", "knowledge.lora_steps=4", lanes)
+    federation, state = finished(tmp_path, stories, *settings)
+    assert {cell.about.kind.value for cell in state.bank.cells} == {"lora", "router"}
+    test = generative.asked(federation.stream, 1)
+    learnt = scoring.perplexity(federation, state, test)["loss"]
+    assert learnt < scoring.perplexity(federation, federation.algorithm.start({}), test)["loss"]
+
+
 def test_one_adapter_generates_and_ranks(stories: Foundation, tmp_path: Path) -> None:
     federation, state = finished(tmp_path, stories, "algorithm.name=fedit", "algorithm.epochs=1")
     found = generative.measure(federation, state, 2)
