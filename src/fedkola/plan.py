@@ -175,6 +175,8 @@ class Knowledge:
     tau_g: float = 1.0
     coverage_min: float = 0.5
     half_life: float | None = None
+    hot_cells: int = 256
+    compact_eps: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +284,8 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "knowledge.tau_g": (_TINY, _HUGE),
     "knowledge.coverage_min": (0, 1),
     "knowledge.half_life": (_TINY, _HUGE),
+    "knowledge.hot_cells": (0, _WORD),
+    "knowledge.compact_eps": (0, 1),
     "privacy.epsilon": (_TINY, inf),
     "privacy.delta": (0, 1),
     "engine.order": (0, _WORD),

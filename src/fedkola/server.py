@@ -8,7 +8,7 @@ any instant leaves round n or round n + 1, and resuming gives the bits of an und
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from fedkola.errors import (
     UnknownCell,
     UnknownName,
 )
-from fedkola.knowledge import availability, forget
+from fedkola.knowledge import archive, availability, forget, upkeep
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.availability import Pattern
+from fedkola.knowledge.compact import Policy
 from fedkola.knowledge.forget import CellOutcome, ForgetReceipt, Request
 from fedkola.knowledge.stream import Stream
 from fedkola.ledger import Ledger
@@ -143,7 +144,7 @@ def assemble(
         trainer=trainer,
         sites=sites,
         clients=Guarded(engine, run=plan.run.name, seed=plan.run.seed),
-        algorithm=build(plan, stream.catalogue, trainer, level),
+        algorithm=build(plan, stream.catalogue, trainer, level, folder),
         level=level,
     )
 
@@ -164,7 +165,9 @@ def report_level(plan: Plan, catalogue: Catalogue) -> int:
     return catalogue.levels.index(name)
 
 
-def build(plan: Plan, catalogue: Catalogue, trainer: Trainer, level: int) -> Algorithm[Any]:
+def build(
+    plan: Plan, catalogue: Catalogue, trainer: Trainer, level: int, folder: Path
+) -> Algorithm[Any]:
     """The algorithm that the plan names, with its hyper-parameters; raises Incompatible."""
     setting = Setting(
         plan=plan,
@@ -174,6 +177,8 @@ def build(plan: Plan, catalogue: Catalogue, trainer: Trainer, level: int) -> Alg
         targets=trainer.targets,
         scale=trainer.scale,
         clip=trainer.clip,
+        base=trainer.foundation.hash,
+        cold=archive.place(folder),
     )
     algorithm: Algorithm[Any] = ALGORITHMS[plan.algorithm.name].of(setting)
     return algorithm
@@ -234,6 +239,7 @@ def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: P
             now=time.time(),
         )
         _settle_revision(federation, after)
+        _sweep(federation, after)
         state = _due(federation, ledger, after, number)
         progress(report)
     ledger.finish(name, "done")
@@ -324,10 +330,71 @@ def remove(
     )
     federation.sites[request.site].settle(request)
     ledger.purge(plan.run.name, now=time.time())
+    _sweep(federation, after)
     return receipt
 
 
+def compact(federation: Federation, ledger: Ledger, policy: Policy) -> BankState:
+    """Make the last committed bank small by this policy, outside of a round; the new state."""
+    algorithm, state, number = _last_bank(federation, ledger)
+    place = archive.place(federation.folder)
+    bank = upkeep.tidy(
+        state.bank, policy, place, now=number, rule=algorithm.rule, targets=algorithm.targets
+    )
+    return _upkept(federation, ledger, state, replace(state, bank=bank), number)
+
+
+def freeze_unused(federation: Federation, ledger: Ledger) -> BankState:
+    """Move cells that no view of the present reads to cold storage; the new state."""
+    _, state, number = _last_bank(federation, ledger)
+    bank, gone = archive.freeze(state.bank, archive.unused(state.bank))
+    archive.put(archive.place(federation.folder), gone)
+    return _upkept(federation, ledger, state, replace(state, bank=bank), number)
+
+
+def purge_archive(federation: Federation, ledger: Ledger) -> BankState:
+    """Give cold storage up, which the ledger says of every cell; the new state."""
+    _, state, number = _last_bank(federation, ledger)
+    after = replace(state, bank=archive.purge(state.bank))
+    return _upkept(federation, ledger, state, after, number)
+
+
 # --- private --------------------------------------------------------------------------------------
+
+
+def _last_bank(federation: Federation, ledger: Ledger) -> tuple[FedKoLa, BankState, int]:
+    """The algorithm, the last committed state and its round; raises KnowledgeError, UnknownCell."""
+    algorithm = federation.algorithm
+    if not isinstance(algorithm, FedKoLa):
+        raise KnowledgeError(
+            f"this run used {federation.plan.algorithm.name}, which keeps no knowledge bank"
+        )
+    state, number = load_state(federation, ledger)
+    if number == 0:
+        raise UnknownCell("no round is committed yet, so the bank is empty; run it first")
+    return algorithm, state, number
+
+
+def _upkept(
+    federation: Federation, ledger: Ledger, before: BankState, after: BankState, number: int
+) -> BankState:
+    """Commit a bank that was moved about but says the same; ``before`` is returned if it is."""
+    events = banks.events(before.bank, after.bank)
+    if not events:
+        return before
+    document, tensors = wire.dump(after)
+    ledger.amend(
+        federation.plan.run.name,
+        number,
+        state=document,
+        tensors=tensors,
+        events=events,
+        removal=None,
+        now=time.time(),
+    )
+    ledger.purge(federation.plan.run.name, now=time.time())
+    _sweep(federation, after)
+    return after
 
 
 def _no_events(before: Any, after: Any) -> tuple[Event, ...]:
@@ -346,10 +413,9 @@ def _subtract(
     clients = federation.clients
     concerned = federation.sites[request.site].post(request)
     names = [
-        cell.about.id
-        for cell in state.bank.cells
-        if (cell.about.round, banks.scope(cell.about)) in concerned
-        and request.site in cell.about.cohort
+        about.id
+        for about in banks.origins(state.bank)
+        if (about.round, banks.scope(about)) in concerned and request.site in about.cohort
     ]
     there = availability.cohort(
         clients.roster(),
@@ -421,6 +487,14 @@ def _finish_removals(federation: Federation, ledger: Ledger) -> None:
                 site.settle(request)
     if done:
         ledger.purge(federation.plan.run.name, now=time.time())
+    _sweep(federation, load_state(federation, ledger)[0])
+
+
+def _sweep(federation: Federation, state: Any) -> None:
+    """Delete cold cells that the committed state does not name: what was removed, or was written
+    for a round that never came about."""
+    if isinstance(state, BankState):
+        archive.sweep(archive.place(federation.folder), state.bank)
 
 
 def _settle_revision(federation: Federation, state: Any) -> None:

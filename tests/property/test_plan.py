@@ -116,6 +116,8 @@ plans = st.builds(
         adapt_shortened=st.floats(0, 1),
         coverage_min=shares,
         half_life=st.none() | above_zero,
+        hot_cells=counts,
+        compact_eps=shares,
     ),
     privacy=st.builds(
         Privacy, secure_sum=st.booleans(), epsilon=above_zero | st.just(inf), delta=shares

@@ -21,6 +21,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -37,14 +38,17 @@ from fedkola.knowledge import (
     adaptation,
     basis,
     candidates,
+    compact,
     forget,
     journal,
     router,
     statistics,
+    upkeep,
     views,
 )
 from fedkola.knowledge import bank as banks
-from fedkola.knowledge.bank import Bank, Cell, CellKind, KnowledgeCell
+from fedkola.knowledge.bank import Bank, Cell, CellKind, KnowledgeCell, Status
+from fedkola.knowledge.compact import Policy
 from fedkola.knowledge.journal import Place
 from fedkola.knowledge.views import Rule, View
 from fedkola.types import (
@@ -69,6 +73,9 @@ TEMPERATURES = tuple(0.01 * 10 ** (k / 6) for k in range(13))
 UNKNOWN_BINS = 512
 UNKNOWN_RANGE = (-4.0, 12.0)  # of the relative distance, in multiples of the width
 CALIBRATION_RECORDS = 32
+
+PURGED = "purged"
+"""Stands in place of a removal request where a purged cell is summed again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +174,10 @@ class FedKoLa:
     rule: Rule = field(metadata=LOCAL, default_factory=Rule)
     catalogue: Catalogue | None = field(metadata=LOCAL, default=None)
     targets: Mapping[str, tuple[int, int]] = field(metadata=LOCAL, default_factory=dict)
+    policy: Policy = field(metadata=LOCAL, default_factory=Policy)
+    cold: Path | None = field(metadata=LOCAL, default=None)
+    model: str = field(metadata=LOCAL, default="")
+    access: Mapping[str, Sequence[str]] = field(metadata=LOCAL, default_factory=dict)
     tau_g: float = field(metadata=LOCAL, default=1.0)
     top_k: int = field(metadata=LOCAL, default=3)
     factors: Weights = field(metadata=LOCAL, default_factory=dict)
@@ -211,6 +222,10 @@ class FedKoLa:
             rule=planned_rule(setting.plan),
             catalogue=setting.catalogue,
             targets=setting.targets,
+            policy=Policy(hot_cells=k.hot_cells, eps=k.compact_eps, slots_max=k.slots_max),
+            cold=setting.cold,
+            model=setting.base,
+            access=setting.plan.scenario.access,
             tau_g=k.tau_g,
             top_k=k.top_k,
         )
@@ -227,7 +242,9 @@ class FedKoLa:
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
         """Vote, revise, fill what enough sites hold, publish. Sites that vanish mid-way are left
         out."""
-        after, survivors = self.on(state.base).collect(number, state, cohort, clients)
+        based = self.on(state.base)
+        after, survivors = based.collect(number, state, cohort, clients)
+        after = replace(after, bank=based.tidied(number, after.bank, survivors, clients))
         return self.calibrate(after, survivors, clients)
 
     def collect(
@@ -318,28 +335,38 @@ class FedKoLa:
             records=records,
             words="",
             covers=tuple(about.id for about in waiting),
+            privacy=self._rules(),
+            base=self.model,
         )
 
     def calibrate(self, state: State, cohort: Cohort, clients: Clients) -> State:
-        """Publish the view; sites answer how well it scores their shortened records, as sums."""
+        """Publish the view; sites answer how well it scores their shortened records, as sums.
+
+        Sites that may not hold every module get the view of those they may.
+        """
         if state.base and not self.base:
             return self.on(state.base).calibrate(state, cohort, clients)
         state = replace(state, calibration=Calibration())
         if "analytic" not in self.lanes or not state.bank.cells:
             return state
-        document, tensors = views.to_tensors(self.view(state))
-        about = torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
-        asked = ask(
-            self,
-            "publish",
-            state.number,
-            {**tensors, "about": about, **adaptation.carried(self.factors)},
-            word=64,
-            scale={"likelihood": 20, "unknown": 0},
-        )
-        answer = clients.sum(cohort, asked)
-        likelihood, histogram = answer.words["likelihood"], answer.words["unknown"]
-        records = int(answer.words[wire.WEIGHT])
+        likelihood = torch.zeros(len(TEMPERATURES), dtype=torch.int64)
+        histogram = torch.zeros(UNKNOWN_BINS, dtype=torch.int64)
+        records = 0
+        for held, group in self._audiences(state.bank, cohort):
+            document, tensors = views.to_tensors(self.view(state, held=held))
+            about = torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
+            asked = ask(
+                self,
+                "publish",
+                state.number,
+                {**tensors, "about": about, **adaptation.carried(self.factors)},
+                word=64,
+                scale={"likelihood": 20, "unknown": 0},
+            )
+            answer = clients.sum(group, asked)
+            likelihood += answer.words["likelihood"]
+            histogram += answer.words["unknown"]
+            records += int(answer.words[wire.WEIGHT])
         if not records:
             return state
         low, high = UNKNOWN_RANGE
@@ -370,10 +397,11 @@ class FedKoLa:
         new state, the cells as they were, and the number of records removed. Raises
         ForgetIncomplete if a site does not answer or a count would fall below zero.
         """
-        before = [banks.find(state.bank, name) for name in cells]
-        before += banks.covering(state.bank, cells)
+        apart = self._touched(state.bank, cells, cohort, clients)
+        before = [banks.find(apart, name) for name in cells]
+        before += banks.covering(apart, cells)
         loss = Loss(request=request)
-        bank, missing = self._withdraw(state.bank, before, loss, cohort, clients)
+        bank, missing = self._withdraw(apart, before, loss, cohort, clients)
         if missing:
             raise ForgetIncomplete(
                 f"{sorted(missing)} did not answer the removal; nothing was changed, ask again "
@@ -426,11 +454,13 @@ class FedKoLa:
     def answer(
         self, state: State, reader: Reader, texts: Sequence[str], *, site: str = ""
     ) -> Tensor:
-        """Scores (n, nodes) of the whole bank; -inf for nodes that no live cell knows."""
-        if not state.bank.cells:
+        """Scores (n, nodes) of what a site may hold, "" is everything; -inf for nodes that no live
+        cell of it knows."""
+        held = banks.held(state.bank, site) if site else None
+        if not any(held is None or cell.about.module in held for cell in state.bank.cells):
             return torch.full((len(texts), len(reader.nodes)), float("-inf"))
         z = self.embed(state.base, reader, texts)
-        return views.answer(self.view(state), z, reader.nodes, self.level)
+        return views.answer(self.view(state, held=held), z, reader.nodes, self.level)
 
     def embed(self, base: Weights, reader: Reader, texts: Sequence[str]) -> Tensor:
         """Integer embeddings as sites sum them: frozen, and under an adapted base beside it."""
@@ -699,12 +729,18 @@ class FedKoLa:
             return state, tuple(site for site in cohort if site not in missing)
         opened, parked = self.openings(votes, bank)
         scopes = tuple(dict.fromkeys(opening.scope for opening in opened))
-        bank = banks.open_modules(bank, scopes, round=number, slots_max=self.slots_max)
+        deep = [opening.scope for opening in opened if opening.kind is CellKind.LORA]
+        collect = partial(self._collect, bank, cohort, clients)
+        bank = upkeep.dissolved(bank, self.cold, collect, scopes=deep)
+        access = self._readers(scopes, clients.roster())
+        bank = banks.open_modules(
+            bank, scopes, round=number, slots_max=self.slots_max, access=access
+        )
         for opening in opened:
             module = banks.module_of(bank, opening.scope)
             assert module is not None
-            assert module.slot is not None
-            opening = replace(opening, module=module.id, slot=module.slot)
+            slot = -1 if module.slot is None else module.slot
+            opening = replace(opening, module=module.id, slot=slot)
             about = self._describe(number, opening, cohort)
             bank, survivors = self._fill(bank, about, cohort, clients)
             if survivors != cohort:
@@ -738,8 +774,8 @@ class FedKoLa:
 
     def _sealed(self, bank: Bank) -> dict[tuple[int, int], Cohort]:
         """The sites asked, by the place whose records are summed, in cold storage too."""
-        summed = [about for about in _abouts(bank) if about.kind is not CellKind.SCATTER]
-        return {self._place(about): about.cohort for about in summed if not about.sources}
+        summed = [about for about in banks.origins(bank) if about.kind is not CellKind.SCATTER]
+        return {self._place(about): about.cohort for about in summed}
 
     def _revise(
         self, number: int, bank: Bank, votes: Aggregate, clients: Clients
@@ -748,31 +784,31 @@ class FedKoLa:
 
         Unless the data is declared public, old versions in one place stay until k_min sites have
         some: the difference of the two sums would show those of a single site. Those in a cell that
-        is in cold storage stay until it is hot again.
+        was purged from cold storage stay while a site that filled it is away.
         """
         stale, holders = votes.words["stale"].tolist(), votes.words["stale_holders"].tolist()
         repeats = int(votes.words["repeats"])
         enough = 1 if self.public_reference else self.k_min
         sealed = list(self._sealed(bank))
-        cold = {self._place(about) for about in bank.cold if about.kind is not CellKind.SCATTER}
+        away = self._out_of_reach(bank, votes.cohort)
         chosen = [
             i
             for i, place in enumerate(sealed)
-            if stale[i] and holders[i] >= enough and place not in cold
+            if stale[i] and holders[i] >= enough and place not in away
         ]
         places = tuple(sealed[i] for i in chosen)
         records = sum(stale[i] for i in chosen)
         found = Revision(waiting=sum(stale) - records, repeats=repeats)
         if not places:
             return bank, found, frozenset()
-        cells = [
-            cell
-            for cell in bank.cells
-            if cell.about.kind is not CellKind.SCATTER
-            and not cell.about.sources
-            and self._place(cell.about) in places
+        names = [
+            about.id
+            for about in banks.origins(bank)
+            if about.kind is not CellKind.SCATTER and self._place(about) in places
         ]
-        cells += banks.covering(bank, [cell.about.id for cell in cells])
+        bank = self._touched(bank, names, votes.cohort, clients)
+        cells = [banks.find(bank, name) for name in names]
+        cells += banks.covering(bank, names)
         loss = Loss(request=journal.revision(number), number=number, places=places)
         bank, missing = self._withdraw(bank, cells, loss, votes.cohort, clients)
         scopes = self._catalogue().scopes()
@@ -860,6 +896,100 @@ class FedKoLa:
             contributors=0,
             records=opening.records,
             words="",
+            privacy=self._rules(),
+            base=self.model,
+        )
+
+    def _rules(self) -> dict[str, Scalar]:
+        """What a cell is opened under; it stays on its record."""
+        return {
+            "k_min": self.k_min,
+            "label_floor": self.label_floor,
+            "public_reference": self.public_reference,
+        }
+
+    def _audiences(self, bank: Bank, cohort: Cohort) -> list[tuple[tuple[str, ...] | None, Cohort]]:
+        """Held sets and the sites of the cohort that have them, at least ``k_min`` each.
+
+        Fewer sites than that share what all of them may hold; sites that are still too few, or
+        may hold no live cell, are not asked.
+        """
+        groups: dict[tuple[str, ...] | None, list[str]] = {}
+        for site in cohort:
+            groups.setdefault(banks.held(bank, site), []).append(site)
+        if None in groups and len(groups) == 1:
+            return [(None, cohort)]
+        few = [held for held, sites in groups.items() if len(sites) < self.k_min]
+        if few:
+            every = tuple(module.id for module in bank.modules)
+            rest = [site for held in few for site in groups.pop(held)]
+            common = tuple(m for m in every if all(held is None or m in held for held in few))
+            groups.setdefault(common, []).extend(rest)
+        live = {cell.about.module for cell in bank.cells}
+        return [
+            (held, tuple(site for site in cohort if site in sites))
+            for held, sites in groups.items()
+            if len(sites) >= self.k_min and (held is None or live & set(held))
+        ]
+
+    def _readers(self, scopes: Sequence[str], roster: Cohort) -> dict[str, Cohort]:
+        """The sites that may hold each scope, where some may not."""
+        found = {
+            scope: tuple(s for s in roster if scope in self.access.get(s, (scope,)))
+            for scope in scopes
+        }
+        return {scope: sites for scope, sites in found.items() if sites != roster}
+
+    def _touched(self, bank: Bank, cells: Sequence[str], cohort: Cohort, clients: Clients) -> Bank:
+        """The bank with these cells live and apart from any sum or fused adapter."""
+        collect = partial(self._collect, bank, cohort, clients)
+        return upkeep.touch(bank, cells, self.cold, collect)
+
+    def _out_of_reach(self, bank: Bank, cohort: Cohort) -> set[tuple[int, int]]:
+        """Places of cells that cannot be changed: of what was purged with them, a site is away."""
+        lost = {
+            about.id
+            for about in bank.cold
+            if about.status is Status.PURGED and not set(about.cohort) <= set(cohort)
+        }
+        if not lost:
+            return set()
+        return {
+            self._place(about)
+            for about in banks.origins(bank)
+            if about.kind is not CellKind.SCATTER and lost & set(compact.needed(bank, [about.id]))
+        }
+
+    def tidied(self, number: int, bank: Bank, cohort: Cohort, clients: Clients) -> Bank:
+        """The bank within its bounds; without a folder for cold cells it only grows."""
+        if self.cold is None:
+            return bank
+        bank = upkeep.dissolved(bank, self.cold, partial(self._collect, bank, cohort, clients))
+        return upkeep.tidy(
+            bank, self.policy, self.cold, now=number, rule=self.rule, targets=self.targets
+        )
+
+    def _collect(self, bank: Bank, cohort: Cohort, clients: Clients, about: KnowledgeCell) -> Cell:
+        """A cell that was purged from the archive, summed again by every site that filled it.
+
+        It shows nothing new: it is the very sum that was sealed, which its hash proves. Raises
+        ForgetIncomplete if a site is away or a journal does not give the same integers.
+        """
+        members = tuple(site for site in cohort if site in about.cohort)
+        away = sorted(set(about.cohort) - set(members))
+        if not away:
+            places = self._places(bank, about)
+            asked = self._about_cell("recount", about, places, loss=Loss(request=PURGED))
+            again = clients.sum(members, asked)
+            away = sorted(set(members) - set(again.cohort))
+            if not away and banks.content(about.labels, again) == about.words:
+                grid = self._about_cell("fill", about, places).grid
+                return Cell(about=about, total=replace(again, grid=grid))
+        why = f"{away} do not answer" if away else "their journals give other integers"
+        raise ForgetIncomplete(
+            f"cell {about.id} of {about.module}, round {about.round}, was purged from the archive "
+            f"and cannot be summed again: {why}; nothing was changed, ask again when they are "
+            "back, or forget the whole module"
         )
 
     def _recipe(self, kind: CellKind) -> dict[str, Scalar]:
@@ -936,7 +1066,9 @@ class FedKoLa:
     def _places(self, bank: Bank, about: KnowledgeCell) -> list[tuple[int, int]]:
         if about.kind is not CellKind.SCATTER:
             return [self._place(about)]
-        return [self._place(cell.about) for cell in banks.covered(bank, about)]
+        home = {a.id: a for a in (*(cell.about for cell in bank.cells), *bank.cold)}
+        covered = [home[name] for name in about.covers]
+        return [self._place(part) for each in covered for part in banks.parts_of(bank, each)]
 
     # --- private, client --------------------------------------------------------------------------
 
@@ -1091,10 +1223,6 @@ class FedKoLa:
         chosen = {ids[int(i)] for i in order}
         data = whole.take([i for i, record in enumerate(whole.records) if record in chosen])
         return replace(data, texts=tuple(_shorten(text, generator) for text in data.texts))
-
-
-def _abouts(bank: Bank) -> tuple[KnowledgeCell, ...]:
-    return (*(cell.about for cell in bank.cells), *bank.cold)
 
 
 def _records(bank: Bank, cell: str) -> int:

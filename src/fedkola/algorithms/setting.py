@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedkola.knowledge.views import Rule
 from fedkola.plan import Plan
@@ -14,7 +15,8 @@ class Setting:
 
     ``level`` is the position of the reported level, ``width`` the size of a hidden state,
     ``targets`` the layers that may carry an adapter, name -> (d_out, d_in). An adapter adds
-    ``scale`` B A to its layer; entries of A x are clamped to +-``clip`` in Grams.
+    ``scale`` B A to its layer; entries of A x are clamped to +-``clip`` in Grams. ``base`` is the
+    hash of the frozen model, ``cold`` the folder for cells that no present view reads.
     """
 
     plan: Plan
@@ -24,6 +26,8 @@ class Setting:
     targets: Mapping[str, tuple[int, int]]
     scale: float
     clip: float
+    base: str = ""
+    cold: Path | None = None
 
 
 def rule(plan: Plan) -> Rule:

@@ -199,18 +199,13 @@ def open_modules(
 ) -> Bank:
     """Give every scope without an open module one on the lowest free slot.
 
-    A module that was compacted takes a free slot again, as new cells of its scope are to come.
     ``access`` names, by scope, the sites that may hold it. Raises BasisMismatch when all slots are
     taken.
     """
     for scope in scopes:
-        module = module_of(bank, scope)
-        if module is None:
+        if module_of(bank, scope) is None:
             sites = tuple((access or {}).get(scope, ()))
             bank = _add_module(bank, scope, None, sites, round=round, slots_max=slots_max)
-        elif module.slot is None:
-            slot = _free_slot(bank, scope, slots_max)
-            bank = _changed(bank, replace(module, slot=slot, state=ModuleState.ACTIVE))
     return bank
 
 
@@ -394,7 +389,8 @@ def leave(bank: Bank, site: str) -> Bank:
         replace(cell, about=replace(cell.about, cohort=_without(cell.about.cohort, site)))
         for cell in bank.cells
     )
-    return replace(bank, cells=cells)
+    cold = tuple(replace(about, cohort=_without(about.cohort, site)) for about in bank.cold)
+    return replace(bank, cells=cells, cold=cold)
 
 
 def retire(bank: Bank, code: str, *, valid_to: float, replaced_by: Sequence[str] = ()) -> Bank:
@@ -408,6 +404,13 @@ def retire(bank: Bank, code: str, *, valid_to: float, replaced_by: Sequence[str]
         for entry in bank.labels
     )
     return replace(bank, labels=labels)
+
+
+def parts_of(bank: Bank, about: KnowledgeCell) -> tuple[KnowledgeCell, ...]:
+    """A cell as it was sealed: itself, or the cells that a sum adds up."""
+    if not about.sources:
+        return (about,)
+    return tuple(part for part in bank.cold if part.id in about.sources)
 
 
 def origins(bank: Bank) -> tuple[KnowledgeCell, ...]:

@@ -260,15 +260,14 @@ def needed(bank: Bank, names: Collection[str]) -> tuple[str, ...]:
     """
     cold = {about.id: about for about in bank.cold}
     wanted: set[str] = set()
-    waiting = [name for name in names if name in cold]
+    waiting = list(names)
     while waiting:
         name = waiting.pop()
-        if name in wanted:
-            continue
-        wanted.add(name)
-        waiting += [a.id for a in cold.values() if name in a.covers or name in a.sources]
-        waiting += [covered for covered in cold[name].covers if covered in cold]
-        waiting += [n for f in bank.fused if name in f.cells for n in f.cells if n in cold]
+        if name not in wanted:
+            wanted.add(name)
+            waiting += [a.id for a in cold.values() if name in a.covers or name in a.sources]
+            waiting += cold[name].covers if name in cold else ()
+            waiting += [n for fused in bank.fused if name in fused.cells for n in fused.cells]
     return tuple(name for name in cold if name in wanted)
 
 

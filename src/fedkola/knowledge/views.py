@@ -180,7 +180,7 @@ def compute(
         head=_head(bank, analytic, scatters, catalogue, rule, answers, weights)
         if analytic
         else None,
-        router=_router(routers, weights) if routers else None,
+        router=router_of(routers, weights) if routers else None,
         adapters=adapters(loras, rule, weights, targets or {})
         | {each.id: dict(each.adapter) for each in fused},
         gates={each.id: each.modules for each in fused},
@@ -272,6 +272,20 @@ def adapters(
     for cell in cells:
         by_module.setdefault(cell.about.module, []).append(cell)
     return {module: _merge(group, rule, weights, targets) for module, group in by_module.items()}
+
+
+def router_of(cells: Sequence[Cell], weights: Mapping[str, float]) -> Router:
+    """The router of these cells, by ``weights`` of their ids."""
+    parts = [
+        Part(
+            module=cell.about.module,
+            labels=cell.about.labels,
+            words=cell.total.words,
+            weight=weights[cell.about.id],
+        )
+        for cell in cells
+    ]
+    return build_router(parts, width=cells[0].total.words[SUMS].shape[1])
 
 
 def slots(view: View, modules: Sequence[str]) -> dict[str, Tensor]:
@@ -602,19 +616,6 @@ def _first_label(head: Head, level: int) -> Tensor:
     first = torch.zeros(len(head.nodes[level]), dtype=torch.int64)
     first.scatter_(0, head.parents[level].flip(0), torch.arange(len(head.parents[level])).flip(0))
     return first
-
-
-def _router(cells: Sequence[Cell], weights: Mapping[str, float]) -> Router:
-    parts = [
-        Part(
-            module=cell.about.module,
-            labels=cell.about.labels,
-            words=cell.total.words,
-            weight=weights[cell.about.id],
-        )
-        for cell in cells
-    ]
-    return build_router(parts, width=cells[0].total.words[SUMS].shape[1])
 
 
 def _merge(

@@ -188,6 +188,18 @@ def test_a_sum_that_lost_a_record_is_the_sum_that_never_had_it():
         assert banks.content(cell.about.labels, cell.total) == cell.about.words
 
 
+def test_a_live_cell_brings_back_the_scatter_cell_that_was_added_up_over_it():
+    bank = filled(Bank(), "heart", 1, HEART[:1], [HEART[0]], embeddings([HEART[0]]))
+    bank = pooled(bank, 1, embeddings([HEART[0]]), [banks.uncovered(bank)[0].about.id])
+    bank = filled(bank, "lung", 2, ("lung-1",), ["lung-1"], embeddings(["lung-1"]))
+    bank = pooled(bank, 2, embeddings(["lung-1"]), [banks.uncovered(bank)[0].about.id])
+    small, _ = added(bank, before=3)
+    assert [cell.kind for cell in small.cold] == [CellKind.SCATTER] * 2
+    first = banks.of_kind(small, CellKind.ANALYTIC)[0].about.id
+    assert compact.needed(small, [first]) == (small.cold[0].id,)
+    assert compact.needed(small, []) == ()
+
+
 def aligned(cell: Cell, labels: tuple[str, ...]) -> Aggregate:
     return replace(cell.total, words=compact._rows(cell, labels))
 
