@@ -242,20 +242,19 @@ class FedKoLa:
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
         """Vote, revise, fill what enough sites hold, publish. Sites that vanish mid-way are left
         out."""
-        based = self.on(state.base)
-        after, survivors = based.collect(number, state, cohort, clients)
-        after = replace(after, bank=based.tidied(number, after.bank, survivors, clients))
+        after, survivors = self.on(state.base).collect(number, state, cohort, clients)
         return self.calibrate(after, survivors, clients)
 
     def collect(
         self, number: int, state: State, cohort: Cohort, clients: Clients
     ) -> tuple[State, Cohort]:
-        """The state after a vote and its fills, and the sites that answered all of them."""
+        """The state after a vote and its fills, its bank within bounds; and the sites that answered
+        all of them."""
         after, survivors = self._vote_and_fill(number, state, cohort, clients)
         while survivors != cohort:
             cohort = survivors
             after, survivors = self._vote_and_fill(number, state, cohort, clients)
-        return after, cohort
+        return replace(after, bank=self._tidied(number, after.bank, cohort, clients)), cohort
 
     def openings(self, votes: Aggregate, bank: Bank) -> tuple[tuple[Opening, ...], dict[str, int]]:
         """Cells to fill and scopes to park (scope -> records): a pure function of sums.
@@ -960,7 +959,7 @@ class FedKoLa:
             if about.kind is not CellKind.SCATTER and lost & set(compact.needed(bank, [about.id]))
         }
 
-    def tidied(self, number: int, bank: Bank, cohort: Cohort, clients: Clients) -> Bank:
+    def _tidied(self, number: int, bank: Bank, cohort: Cohort, clients: Clients) -> Bank:
         """The bank within its bounds; without a folder for cold cells it only grows."""
         if self.cold is None:
             return bank

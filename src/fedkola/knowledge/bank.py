@@ -757,9 +757,13 @@ def _activated(bank: Bank, module: str, *, round: int, valid_from: float) -> Ban
 
 
 def _revoke(bank: Bank, about: KnowledgeCell) -> Bank:
+    """The bank without a live cell. With a sum go its parts, under whose names it was sealed."""
     rest = tuple(cell for cell in bank.cells if cell.about.id != about.id)
-    gone = replace(about, status=Status.REVOKED)
-    return replace(bank, cells=rest, revoked=(*bank.revoked, gone))
+    gone = parts_of(bank, about)
+    names = {part.id for part in gone}
+    revoked = tuple(replace(part, status=Status.REVOKED) for part in gone)
+    cold = tuple(part for part in bank.cold if part.id not in names)
+    return replace(bank, cells=rest, cold=cold, revoked=(*bank.revoked, *revoked))
 
 
 def _without(cohort: Cohort, site: str) -> Cohort:

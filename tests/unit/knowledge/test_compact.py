@@ -313,6 +313,16 @@ def test_a_purged_archive_says_so(tmp_path: Path):
     assert kinds == {"PURGE"}
 
 
+def test_a_sum_is_revoked_with_its_parts():
+    small, _ = added(stream(4), before=4)
+    router = next(c.about for c in small.cells if c.about.kind is CellKind.ROUTER)
+    less = banks.revoke(small, router.id)
+    assert {about.id for about in less.revoked} == set(router.sources)
+    assert len(less.cold) == len(small.cold) - 3
+    kinds = [event["kind"] for event in banks.events(small, less)]
+    assert sorted(kinds) == ["REVOKE", "REVOKE", "REVOKE", "SPLIT"]
+
+
 def test_the_events_of_compaction_fold_to_the_bank(tmp_path: Path):
     bank = stream(4)
     small, cold = added(bank, before=4)
