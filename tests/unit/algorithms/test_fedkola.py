@@ -9,6 +9,7 @@ import torch
 
 from fedkola.algorithms.fedkola import Calibration, FedKoLa, State
 from fedkola.errors import CohortTooSmall, ForgetIncomplete, KnowledgeError
+from fedkola.evaluation import oneshot
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import journal
 from fedkola.knowledge.bank import Bank, CellKind
@@ -236,6 +237,70 @@ def test_a_journal_that_does_not_match_its_cell_cannot_push_a_count_below_zero(t
         small.server.remove(federation, ledger, small.server.Request(kind="site", site="north"))
     with small.Ledger.open(tmp_path) as ledger:
         assert small.cells(small.server.load_state(federation, ledger)[0]) == small.cells(state)
+
+
+@pytest.mark.parametrize("absent", ["", "north"])
+def test_a_cell_that_is_revoked_leaves_the_gram_and_waits_for_the_next_one(
+    tmp_path: Path, absent: str
+):
+    # Bone, which arrives in window 3, is held by three sites; east leaves.
+    sites = {}
+    for site, whole in small.data().items():
+        bone = [label.startswith("bone") for label in whole.labels]
+        holds = site in ("east", "west", "centre")
+        sites[site] = whole.take([i for i in range(len(whole)) if holds or not bone[i]])
+    federation = small.assemble(tmp_path, FAST, sites=sites)
+    state = small.run(federation)
+    method, clients, east = federation.algorithm, federation.clients, federation.sites["east"]
+    request = small.server.Request(kind="site", site="east")
+    names = [c.about.id for c in state.bank.cells if c.about.kind is not CellKind.SCATTER]
+    east.post(request)
+    asked = tuple(site for site in small.SITES if site != absent)
+    after, _, _ = method.remove(state, names, request.id, asked, clients, leaver="east")
+    east.settle(request)
+    revoked = {about.module for about in after.bank.revoked}
+    # With a site away that contributed to the revoked cell, the Gram goes as a whole.
+    assert revoked == ({"bone@1", "scatter"} if absent else {"bone@1"})
+    rounds = [c.about.round for c in banks.of_kind(after.bank, CellKind.SCATTER)]
+    assert rounds == ([1, 2] if absent else [1, 2, 3])
+    assert oneshot.compare(federation, after).equal
+    left = tuple(site for site in small.SITES if site != "east")
+    again = method.round(4, after, left, clients)
+    waiting = sum(label.startswith("bone") for s in ("west", "centre") for label in sites[s].labels)
+    assert again.parked == {"bone": waiting}
+    assert oneshot.compare(federation, again).equal
+    assert banks.uncovered(again.bank) == ()
+
+
+@pytest.mark.parametrize(
+    ("share", "public", "rounds"),
+    [(0.0, True, [1, 2, 3]), (1.5, True, [1, 2]), (9.0, True, [1]), (0.0, False, [2, 3])],
+)
+def test_a_gram_is_summed_when_enough_records_wait_for_one(
+    tmp_path: Path, share: float, public: bool, rounds: list[int]
+):
+    # 25, 50 and 75 records arrive; 16 features make the private floor 64.
+    settings = ["knowledge.features=16", 'knowledge.lanes=["analytic"]', "knowledge.label_floor=1"]
+    settings += [f"knowledge.scatter_share={share}"]
+    settings += [f"knowledge.public_reference={str(public).lower()}"]
+    state = small.run(small.assemble(tmp_path, *settings))
+    found = [cell.about for cell in banks.of_kind(state.bank, CellKind.SCATTER)]
+    assert [about.round for about in found] == rounds
+
+
+def test_a_cell_whose_cohort_is_not_all_there_waits_for_its_gram(tmp_path: Path):
+    federation = small.assemble(tmp_path, FAST, "knowledge.scatter_share=9")
+    method, clients = federation.algorithm, federation.clients
+    state = method.round(1, State(), small.SITES, clients)
+    state = method.round(2, state, small.SITES, clients)
+    eager = replace(method, scatter_share=0.0)
+    early = [cell.about for cell in banks.uncovered(state.bank)]
+    assert {about.round for about in early} == {2}
+    state = eager.round(3, state, small.SITES[:4], clients)
+    assert [cell.about for cell in banks.uncovered(state.bank)] == early
+    state = eager.round(4, state, small.SITES, clients)
+    assert banks.uncovered(state.bank) == ()
+    assert oneshot.compare(federation, state).equal
 
 
 def test_a_label_that_the_catalogue_ends_is_retired_when_it_is_open(tmp_path: Path):
