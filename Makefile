@@ -27,7 +27,7 @@ help:
 	@echo "make test    all tests but the slow ones; SLOW=1 adds them"
 	@echo "make check   format, lint, types, import direction, docs"
 	@echo "make bench   the frozen suites; PROFILE=quick for a small one"
-	@echo "make docs    writes docs/reference from the code"
+	@echo "make docs    writes docs/reference from the code, docs/results from benchmarks/results"
 
 install: $(STAMP)
 
@@ -50,6 +50,8 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
+	rm -rf docs/results
+	$(BIN)/fedkola bench report
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -43,7 +43,6 @@ from fedkola.errors import (
     PlanError,
     RunNotFound,
     UnknownCell,
-    UnknownName,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +57,6 @@ MINILM_HASH = "d739ef13dbb1fae39728a82aaceb8a224bc5a886135ae87f759392ec298e01df"
 ICD_CODES = 46_881
 FREE_BYTES = 2 << 30
 INTERRUPTED = 130
-SUITES = ("dynamic",)
 WAITS = "waits at its sites: too few of them, or too few records; asked again every round"
 
 # What a disk says when it is full, over quota, read-only or not ours.
@@ -75,8 +73,13 @@ bank = typer.Typer(
     help="Look into the knowledge bank of a run, make it forget, export it.", no_args_is_help=True
 )
 app.add_typer(bank, name="bank")
+bench = typer.Typer(
+    help="Run a frozen evaluation suite, or write its results as pages.", no_args_is_help=True
+)
+app.add_typer(bench, name="bench")
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a run, as printed when it started.")]
+RESULTS = Path("benchmarks/results")
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -228,36 +231,31 @@ def run(
     print(f"run folder: {folder}")
 
 
-@app.command(
+@bench.command(
     epilog=_examples(
         "fedkola bench dynamic --profile quick",
         "fedkola bench dynamic --stream clinc150 --profile standard",
         "fedkola bench dynamic --stream icd-chapters --rows fedkola,joint --seeds 1",
     )
 )
-def bench(
-    suite: Annotated[str, typer.Argument(help=f"The suite: {', '.join(SUITES)}.")],
+def dynamic(
     stream: Annotated[str, typer.Option(help="Stream of the suite.")] = "icd-chapters",
     profile: Annotated[str, typer.Option(help="Size: quick, standard or full.")] = "standard",
     seeds: Annotated[int, typer.Option(min=0, help="Seeds to run; 0 is the profile's own.")] = 0,
     rows: Annotated[str, typer.Option(help="Rows of the table, a,b; empty is the profile's.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder for JSON and tables.")] = Path(
-        "benchmarks/results"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for JSON and tables.")] = RESULTS,
     as_json: AsJson = False,
 ) -> None:
-    """Run a frozen evaluation suite and compare it with its targets."""
-    if suite not in SUITES:
-        raise UnknownName(f"suite {suite!r} was given; this version knows {', '.join(SUITES)}")
-    from fedkola.evaluation import dynamic
+    """Does knowledge stay current, everywhere it may be, without forgetting?"""
+    from fedkola.evaluation import dynamic as suite
 
     again = (
-        f"fedkola bench {suite} --stream {stream} --profile {profile} --seeds {seeds} "
+        f"fedkola bench dynamic --stream {stream} --profile {profile} --seeds {seeds} "
         + (f"--rows {shlex.quote(rows)} " if rows else "")
         + f"--out {shlex.quote(str(out))}"
     )
-    with _resumable(None, again), _drawn(suite) as (note, progress):
-        result = dynamic.run(
+    with _resumable(None, again), _drawn("dynamic") as (note, progress):
+        result = suite.run(
             stream=stream,
             profile=profile,
             seeds=seeds,
@@ -269,8 +267,39 @@ def bench(
     if as_json:
         _print_json(dict(result))
         return
-    print(dynamic.table(result))
+    print(suite.table(result))
     print(f"results: {out}")
+
+
+@bench.command(
+    epilog=_examples(
+        "fedkola bench report",
+        "fedkola bench report --profile quick --out pages",
+    )
+)
+def report(
+    results: Annotated[Path, typer.Option(help="Folder with the JSON of a suite.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder for the pages.")] = Path("docs/results"),
+    profile: Annotated[
+        str, typer.Option(help="Only results of this size; empty: all but quick ones.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Write one page a stream from its results: what happened, what was lost, what it cost.
+
+    As Markdown, as standalone HTML, and its plots as SVG. Nothing is measured.
+    """
+    from fedkola.evaluation import page
+
+    written = page.pages(results, profile=profile)
+    for name, text in written.items():
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    if as_json:
+        _print_json({"out": str(out), "files": list(written)})
+        return
+    print(f"{sum(name.endswith('.html') for name in written)} pages: {out / 'README.md'}")
 
 
 # --- asking ---------------------------------------------------------------------------------------

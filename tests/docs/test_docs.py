@@ -45,6 +45,20 @@ def test_every_reference_page_is_up_to_date(generator: ModuleType) -> None:
     assert stale == [], "run `make docs` and commit the pages"
 
 
+def test_the_pages_of_results_say_what_the_results_say() -> None:
+    from fedkola.evaluation import page
+
+    folder = ROOT / "docs" / "results"
+    wanted = page.pages(ROOT / "benchmarks" / "results")
+    kept = {
+        path.relative_to(folder).as_posix(): path.read_text("utf-8")
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    assert kept.keys() == wanted.keys(), "run `make docs` and commit the pages"
+    assert [name for name, text in wanted.items() if kept[name] != text] == []
+
+
 def test_every_error_has_a_section(generator: ModuleType) -> None:
     assert headings("errors.md") >= {error.__name__ for error in generator.error_classes()}
 

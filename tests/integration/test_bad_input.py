@@ -278,7 +278,7 @@ def test_requests_that_make_no_sense_are_named(fedkola: Fedkola, plan_of: Write)
             "give one",
         ),
         (("bank", "export", "runs/r", "--to", "out"), "BasisMismatch", 9, '"lora"'),
-        (("bench", "mars"), "UnknownName", 2, "dynamic"),
+        (("bench", "dynamic", "--stream", "mars"), "UnknownName", 2, "icd-chapters"),
     ):
         refused(fedkola, *words, error=error, code=code, says=says)
     assert not Path("out").exists()

@@ -177,6 +177,7 @@ def measure(
     }
     if row.streamed:
         found |= _over_time([entry.report["metrics"] for entry in rounds])
+        found |= {"moments": list(stream.windows), "texts": _texts(stream, found["concepts"])}
     if chosen.algorithm.name == "fedkola" and row.streamed:
         found |= _bank(federation, scorer, state, asked, window, found)
     if row.pooled:
@@ -337,6 +338,13 @@ def _over_time(rounds: Sequence[Mapping[str, float]]) -> Found:
             "asked": former,
         }
     return found
+
+
+def _texts(stream: Stream, concepts: Sequence[str]) -> dict[str, str]:
+    """Concepts in words, where they are scopes whose top-level node is described."""
+    tops = {entry.scope: entry.path[-1] for entry in stream.catalogue.labels}
+    texts = stream.catalogue.texts
+    return {c: texts[tops[c]] for c in concepts if c in tops and tops[c] in texts}
 
 
 def _final(federation: Federation, state: Any, parts: Mapping[str, Dataset], window: int) -> Found:

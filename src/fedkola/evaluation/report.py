@@ -64,7 +64,13 @@ def render(doc: Mapping[str, Any]) -> str:
         raise ValueError(
             f"a report needs title and run, {' and '.join(missing)} is missing; add it to doc"
         )
-    text = resources.files("fedkola.evaluation").joinpath("report.html.j2").read_text("utf-8")
+    return write("report.html.j2", _page(doc))
+
+
+def write(template: str, values: Mapping[str, Any]) -> str:
+    """A template of this package as one file that opens offline, its style sheet inside."""
+    files = resources.files("fedkola.evaluation")
+    sheets = [files.joinpath(name).read_text("utf-8") for name in ("plots.css", "page.css")]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         percent=plots.percent,
@@ -73,7 +79,8 @@ def render(doc: Mapping[str, Any]) -> str:
         seconds=plots.seconds,
         policy=_policy,
     )
-    return environment.from_string(text).render(_page(doc)) + "\n"
+    text = environment.from_string(files.joinpath(template).read_text("utf-8"))
+    return text.render(style=Markup("\n" + "".join(sheets)), **values) + "\n"
 
 
 # --- the parts of the page, in its order ----------------------------------------------------------
