@@ -4,12 +4,12 @@ Baselines differ in what is trained, what stays pinned and what becomes of the r
 in their own files.
 """
 
-import math
 from collections.abc import Collection
 from typing import Protocol
 
 import torch
 
+from fedkola.algorithms import window
 from fedkola.knowledge import journal
 from fedkola.types import Broadcast, Client, Dataset, Penalty, Update, Weights
 
@@ -44,23 +44,13 @@ def learn(
     Every exchange of one round trains on the same records. Those named ``again`` are trained on
     and counted with them, but only new ones are journalled, once training has succeeded.
     """
-    whole = client.knowledge.until(asked.round)
-    new = journal.pending(client.store, whole, round=asked.round)
-    chosen = {*new.records, *again}
-    data = whole.take([i for i, record in enumerate(whole.records) if record in chosen])
+    new = window.pending(client, asked)
+    data = new
+    if again:
+        whole, chosen = client.knowledge.until(asked.round), {*new.records, *again}
+        data = whole.take([i for i, record in enumerate(whole.records) if record in chosen])
     trained = fit(recipe, client, data, weights, seed=asked.seed, pinned=pinned, penalty=penalty)
-    journal.write(
-        client.store,
-        journal.Entry(
-            round=asked.round,
-            scope=SCOPE,
-            records=new.records,
-            patients=new.patients,
-            labels=new.labels,
-            windows=new.windows,
-            z=torch.zeros(len(new), 0, dtype=torch.int16),
-        ),
-    )
+    window.note(client, asked, new, SCOPE)
     return trained, len(data)
 
 
@@ -78,7 +68,7 @@ def fit(
     return client.fit(
         weights,
         data,
-        steps=math.ceil(recipe.epochs * len(data) / recipe.batch),
+        steps=window.num_steps(data, epochs=recipe.epochs, batch=recipe.batch),
         batch=recipe.batch,
         lr=recipe.lr,
         seed=seed,
