@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fedkola import wire
 from fedkola.algorithms import rebuild
-from fedkola.errors import DataError, FedKolaError, UnknownName
+from fedkola.errors import DataError, FedKolaError, UnknownCell, UnknownName
 from fedkola.knowledge import forget, journal
+from fedkola.knowledge.journal import Place
 from fedkola.knowledge.stream import Records
 from fedkola.training import evaluate, features, fit
 from fedkola.training.model import Foundation
@@ -68,20 +69,13 @@ class Site:
         self.targets = trainer.targets
         self._trainer = trainer
         self._data = data
+        self._scopes = {label.code: label.scope for label in catalogue.labels}
         store.mkdir(parents=True, exist_ok=True)
 
     @property
     def knowledge(self) -> Records:
         """The site's records, without those it was asked to forget."""
-        records = Records(self._data)
-        for request in forget.accepted(self.store):
-            if request.kind == "site":
-                records = records.without(records=self._data.records)
-            elif request.kind == "patient":
-                records = records.without(patients=(request.name,))
-            else:
-                records = records.without(records=(request.name,))
-        return records
+        return Records(self._data.take(self._kept()) if self._accepted() else self._data)
 
     def answer(self, message: bytes) -> bytes:
         """The answer to one question, the same bytes whenever the same question is asked again."""
@@ -188,18 +182,39 @@ class Site:
             )
         return evaluate.classify(foundation, weights, data.questions, labels, scale=scale)
 
-    def post(self, request: forget.Request) -> dict[tuple[int, str], frozenset[str]]:
-        """Accept a removal: from now on these records are never contributed again.
+    def concerned(self, *requests: forget.Request) -> list[dict[Place, frozenset[str]]]:
+        """(round, scope) -> records concerned, request by request; empty where there are none."""
+        entries = journal.entries(self.store)
+        found = []
+        for request in requests:
+            if request.site not in ("", self.name):
+                raise DataError(f"this is {self.name}, the request is for {request.site}")
+            try:
+                found.append(forget.concerned(self.store, request, entries))
+            except UnknownCell:
+                found.append({})
+        return found
 
-        Returns (round, scope) -> records concerned; raises UnknownCell if there are none.
+    def post(self, *requests: forget.Request) -> dict[Place, frozenset[str]]:
+        """Accept removals: from now on these records are never contributed again.
+
+        Returns (round, scope) -> records concerned; raises UnknownCell if one of the requests has
+        none.
         """
-        if request.site != self.name:
-            raise DataError(f"this is {self.name}, the request is for {request.site}")
-        chosen = forget.concerned(self.store, request)
-        forget.post(self.store, request)
+        chosen: dict[Place, frozenset[str]] = {}
+        for request, places in zip(requests, self.concerned(*requests), strict=True):
+            if not places:
+                forget.concerned(self.store, request)
+            for place, records in places.items():
+                chosen[place] = chosen.get(place, frozenset()) | records
+        forget.post(self.store, *requests)
         # Answers to a round that is not committed hold the records; they are computed anew.
         self._drop_outbox()
         return chosen
+
+    def forgotten(self, request: forget.Request) -> forget.Request | None:
+        """The earlier request under which these records were forgotten already, if there is one."""
+        return forget.covering(self._data, request, self._accepted(), self._scopes)
 
     def revise(self, places: Collection[tuple[int, str]], *, round: int) -> None:
         """Let go of old versions that a committed round has taken out of these places."""
@@ -210,12 +225,12 @@ class Site:
         """Drop kept answers when a run is done: nothing will be asked again."""
         self._drop_outbox()
 
-    def settle(self, request: forget.Request) -> None:
+    def settle(self, *requests: forget.Request, batch: str = "") -> None:
         """Delete what the site kept about removed records, after the bank has changed."""
-        forget.settle(self.store, request)
-        kept = frozenset(self.knowledge.data.records)
-        pairs = zip(self._data.records, self._data.questions, strict=True)
-        self._trainer.cache.forget([text for record, text in pairs if record not in kept])
+        forget.settle(self.store, *requests, batch=batch)
+        kept = set(self._kept())
+        gone = [text for i, text in enumerate(self._data.questions) if i not in kept]
+        self._trainer.cache.forget(gone)
         self._drop_outbox()
 
     # --- private ----------------------------------------------------------------------------------
@@ -227,6 +242,12 @@ class Site:
         if "head.weight" not in {**weights, **(pinned or {})}:
             return None
         return self._rows(data, classes)
+
+    def _accepted(self) -> tuple[forget.Request, ...]:
+        return forget.accepted(self.store)
+
+    def _kept(self) -> list[int]:
+        return forget.left(self._data, self._accepted(), self._scopes)
 
     def _rows(self, data: Dataset, classes: Sequence[str]) -> list[int]:
         """The head's row of every record: the one class among the label and its ancestors."""

@@ -177,6 +177,8 @@ class Knowledge:
     half_life: float | None = None
     hot_cells: int = 256
     compact_eps: float = 0.0
+    removal_batch: int = 0
+    removal_wait: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,6 +288,8 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "knowledge.half_life": (_TINY, _HUGE),
     "knowledge.hot_cells": (0, _WORD),
     "knowledge.compact_eps": (0, 1),
+    "knowledge.removal_batch": (0, _WORD),
+    "knowledge.removal_wait": (0, _WORD),
     "privacy.epsilon": (_TINY, inf),
     "privacy.delta": (0, 1),
     "engine.order": (0, _WORD),

@@ -163,7 +163,7 @@ def test_removing_a_site_leaves_the_sums_of_the_other_two(tmp_path: Path):
     forget.post(members[2].store, request)
     names = [cell.about.id for cell in state.bank.cells[:2]]
     after, before, records = algorithm().remove(
-        state, names, request.id, COHORT, clients, leaver="C"
+        state, names, request.id, COHORT, clients, leavers=("C",)
     )
     analytic, router, scatter = after.bank.cells
     assert lists(analytic, ROW_SUMS) == [[[0, 0, 6], [0, 5, 0]], [2, 1], 3, 2]

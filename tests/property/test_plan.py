@@ -118,6 +118,8 @@ plans = st.builds(
         half_life=st.none() | above_zero,
         hot_cells=counts,
         compact_eps=shares,
+        removal_batch=counts,
+        removal_wait=counts,
     ),
     privacy=st.builds(
         Privacy, secure_sum=st.booleans(), epsilon=above_zero | st.just(inf), delta=shares

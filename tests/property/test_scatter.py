@@ -70,8 +70,10 @@ def removed(federation: Federation, state: State, request: Request, cohort: list
         and request.site in cell.about.cohort
     ]
     asked = tuple(name for name in small.SITES if name in cohort or name == request.site)
-    leaver = request.site if request.kind == "site" else ""
-    after, _, _ = method.remove(state, cells, request.id, asked, federation.clients, leaver=leaver)
+    leavers = (request.site,) if request.kind == "site" else ()
+    after, _, _ = method.remove(
+        state, cells, request.id, asked, federation.clients, leavers=leavers
+    )
     site.settle(request)
     return after
 

@@ -278,10 +278,9 @@ class FedKoLa:
             if records[index] == 0:
                 continue
             total = sum(row_records[i] for i in rows[scope])
-            floor = 1 if self.public_reference else self._floor()
             deep = total >= self.lora_floor
             kinds = [kind for kind in self.kinds() if deep or kind is not CellKind.LORA]
-            if holders[index] < self.k_min or total < floor or not kinds:
+            if holders[index] < self.k_min or total < self.floor() or not kinds:
                 parked[scope] = records[index]
                 continue
             if records[index] > total:
@@ -314,8 +313,7 @@ class FedKoLa:
         records = sum(about.records for about in waiting)
         scatters = banks.of_kind(bank, CellKind.SCATTER)
         due = self.scatter_share * sum(cell.about.records for cell in scatters)
-        floor = statistics.records_floor(self.features, self.inputs)
-        if not waiting or records < max(due, 1 if self.public_reference else floor):
+        if not waiting or records < max(due, self.floor(CellKind.SCATTER)):
             return None
         recipe = self._recipe(CellKind.SCATTER)
         return KnowledgeCell(
@@ -386,13 +384,14 @@ class FedKoLa:
         cohort: Cohort,
         clients: Clients,
         *,
-        leaver: str = "",
+        leavers: Sequence[str] = (),
     ) -> tuple[State, tuple[Cell, ...], int]:
-        """Subtract what sites have been asked to forget from these cells.
+        """Subtract what sites have been asked to forget from these cells; ``request`` joins the
+        ids of the requests that are carried out together by "+".
 
         Every site of the cohort that answered when a cell was filled is asked, with zeros from
         those that have nothing to forget; then the scatter cells that cover them, which also lose
-        all of a cell that is revoked. ``leaver`` is the site whose every record goes. Returns the
+        all of a cell that is revoked. ``leavers`` are sites whose every record goes. Returns the
         new state, the cells as they were, and the number of records removed. Raises
         ForgetIncomplete if a site does not answer or a count would fall below zero.
         """
@@ -406,14 +405,43 @@ class FedKoLa:
                 f"{sorted(missing)} did not answer the removal; nothing was changed, ask again "
                 "when they are back"
             )
-        removed = sum(
-            cell.about.records - _records(bank, cell.about.id)
-            for cell in before
-            if cell.about.kind is self.kinds()[0]
-        )
-        if leaver:
-            bank = banks.leave(bank, leaver)
-        return replace(state, bank=bank), tuple(before), removed
+        return self._removed(state, bank, before, leavers)
+
+    def refill(
+        self,
+        state: State,
+        cells: Sequence[str],
+        request: str,
+        cohort: Cohort,
+        clients: Clients,
+        *,
+        leavers: Sequence[str] = (),
+    ) -> tuple[State, tuple[Cell, ...], int]:
+        """Drop these cells and sum once more what the sites of this cohort had added to them, but
+        for what the requests concern; then the scatter cells that cover them.
+
+        For leavers that cannot answer. Returns and raises what ``remove`` does.
+        """
+        bank = self._touched(state.bank, cells, cohort, clients)
+        before = [banks.find(bank, name) for name in cells]
+        before += banks.covering(bank, cells)
+        for cell in before:
+            live = {held.about.id for held in bank.cells}
+            covers = tuple(name for name in cell.about.covers if name in live)
+            if cell.about.covers and not covers:
+                bank = banks.revoke(bank, cell.about.id)
+                continue
+            members = tuple(site for site in cohort if site in cell.about.cohort)
+            places = self._places(bank, replace(cell.about, covers=covers))
+            asked = self._about_cell("recount", cell.about, places, loss=Loss(request=request))
+            total = clients.sum(members, asked)
+            if total.cohort != members:
+                raise ForgetIncomplete(
+                    f"{sorted(set(members) - set(total.cohort))} did not send a cell again; "
+                    "nothing was changed, ask again when they are back"
+                )
+            bank = self._left(bank, cell, replace(total, grid=cell.total.grid), covers)
+        return self._removed(state, bank, before, leavers)
 
     def recount(
         self, state: State, cells: Sequence[str], request: str, cohort: Cohort, clients: Clients
@@ -524,6 +552,34 @@ class FedKoLa:
 
     def kinds(self) -> tuple[CellKind, ...]:
         return tuple(kind for kind in CellKind if kind.value in self.lanes.split(","))
+
+    def floor(self, kind: CellKind | None = None) -> int:
+        """The least records a cell of this kind may hold; without one, the cells of a scope."""
+        if self.public_reference:
+            return 1
+        if kind is CellKind.SCATTER:
+            return statistics.records_floor(self.features, self.inputs)
+        # Label rows have floors of their own; d records give a router's moment its full rank.
+        floors = {
+            CellKind.ANALYTIC: 1,
+            CellKind.ROUTER: self.inputs,
+            CellKind.LORA: 16 * self.rank,
+        }
+        return max(floors[kind] for kind in self.kinds())
+
+    def addend_bytes(self, about: KnowledgeCell) -> int:
+        """Bytes of what one site sends for a cell, without the message around them."""
+        rows, p, d = len(about.labels), self.features, self.inputs
+        numbers = {
+            CellKind.ANALYTIC: rows * (p + 1),
+            CellKind.SCATTER: p * (p + 1) // 2,
+            CellKind.ROUTER: d * (d + 1) // 2 + rows * (d + 1),
+            CellKind.LORA: sum(
+                d_out * self.rank + (self.rank**2 if self.merge == "gram" else 0)
+                for d_out, _ in self.targets.values()
+            ),
+        }
+        return numbers[about.kind] * (8 if about.kind is CellKind.ROUTER else 4)
 
     # --- client half ------------------------------------------------------------------------------
 
@@ -642,7 +698,7 @@ class FedKoLa:
         if _kind(asked) is CellKind.LORA:
             old = load_file(_receipt(client, asked))
             new = self._words(client, asked, self._addend(client, asked, rest))
-            save_file(new, _receipt(client, asked, suffix=f".{_request(asked)}{forget.NEXT}"))
+            save_file(new, _receipt(client, asked, suffix=f".{_batch(asked)}{forget.NEXT}"))
             return _integer_update(client, {name: new[name] - old[name] for name in old})
         less = self._addend(client, asked, lost)
         negative = {name: -value for name, value in less.tensors.items()}
@@ -685,15 +741,6 @@ class FedKoLa:
         if self.catalogue is None:
             raise KnowledgeError("the server half needs the task's catalogue of labels")
         return self.catalogue
-
-    def _floor(self) -> int:
-        # Label rows have floors of their own; d records give a router's moment its full rank.
-        floors = {
-            CellKind.ANALYTIC: 1,
-            CellKind.ROUTER: self.inputs,
-            CellKind.LORA: 16 * self.rank,
-        }
-        return max(floors[kind] for kind in self.kinds())
 
     def _ask_vote(self, number: int, bank: Bank, cohort: Cohort) -> Broadcast:
         """Ask for counts, and tell which sums came about: a site may not know (see journal)."""
@@ -855,16 +902,33 @@ class FedKoLa:
                     f"cell {about.id} would hold a negative count; a journal does not match its "
                     "contribution, nothing was changed"
                 )
-            bank = banks.withdraw(
-                bank,
-                about.id,
-                total,
-                records=int(total.words[wire.WEIGHT]),
-                contributors=int(total.words[wire.METRIC + "contributors"]),
-                k_min=self.k_min,
-                covers=tuple(held.id for held in under if held.id in live),
-            )
+            covers = tuple(held.id for held in under if held.id in live)
+            bank = self._left(bank, cell, total, covers)
         return bank, frozenset()
+
+    def _left(self, bank: Bank, cell: Cell, total: Aggregate, covers: tuple[str, ...]) -> Bank:
+        return banks.withdraw(
+            bank,
+            cell.about.id,
+            total,
+            records=int(total.words[wire.WEIGHT]),
+            contributors=int(total.words[wire.METRIC + "contributors"]),
+            k_min=self.k_min,
+            floor=self.floor(cell.about.kind),
+            covers=covers,
+        )
+
+    def _removed(
+        self, state: State, bank: Bank, before: Sequence[Cell], leavers: Sequence[str]
+    ) -> tuple[State, tuple[Cell, ...], int]:
+        removed = sum(
+            cell.about.records - _records(bank, cell.about.id)
+            for cell in before
+            if cell.about.kind is self.kinds()[0]
+        )
+        for site in leavers:
+            bank = banks.leave(bank, site)
+        return replace(state, bank=bank), tuple(before), removed
 
     def _retired(self, bank: Bank) -> Bank:
         """The bank with every open label closed that the catalogue gives an end."""
@@ -1104,18 +1168,16 @@ class FedKoLa:
     def _gone(self, client: Client, asked: Broadcast) -> dict[Place, frozenset[str]]:
         """Record ids to subtract, by place: those of the request, if it was posted here, old
         versions under a revision, and all of the places that go whole."""
-        places = _asked_places(asked, client.catalogue)
-        gone: dict[Place, frozenset[str]] = {}
-        for request in forget.posted(client.store):
-            if request.id == _request(asked):
-                found = forget.concerned(client.store, request)
-                gone = {place: found[place] for place in places if place in found}
+        ids, entries = _requests(asked), self._entries(client, asked)
+        mine = [request for request in forget.posted(client.store) if request.id in ids]
+        names = forget.names(mine, journal.owners(client.store) if mine else ())
+        found = {at: forget.under(entry, names) for at, entry in entries.items()}
+        gone = {at: records for at, records in found.items() if records}
         if number := int(asked.tensors["number"]):
             part = _asked_places(asked, client.catalogue, "part")
             old = journal.marked(client.store, round=number)
-            gone = {place: old[place] for place in places if place in part and place in old}
+            gone = {place: old[place] for place in part if place in old}
         whole = _asked_places(asked, client.catalogue, "whole")
-        entries = self._entries(client, asked)
         return gone | {at: frozenset(entries[at].records) for at in whole if at in entries}
 
     def _addend(self, client: Client, asked: Broadcast, entries: Iterable[journal.Entry]) -> Update:
@@ -1241,8 +1303,13 @@ def _asked_places(
     return tuple((round, scopes[scope]) for round, scope in asked.tensors[name].tolist())
 
 
-def _request(asked: Broadcast) -> str:
-    return bytes(asked.tensors["request"].tolist()).decode()
+def _requests(asked: Broadcast) -> tuple[str, ...]:
+    """Ids of the requests that a removal carries out together, or the name of a revision."""
+    return tuple(bytes(asked.tensors["request"].tolist()).decode().split("+"))
+
+
+def _batch(asked: Broadcast) -> str:
+    return forget.together(_requests(asked))
 
 
 def _receipt(client: Client, asked: Broadcast, *, suffix: str = ".safetensors") -> Path:

@@ -357,12 +357,14 @@ def withdraw(
     records: int,
     contributors: int,
     k_min: int = 1,
+    floor: int = 1,
     covers: tuple[str, ...] = (),
 ) -> Bank:
     """Replace the integers of one cell after a removal, and what it still ``covers``.
 
-    A cell left without records, or with fewer contributors than ``k_min``, is revoked: it would
-    never have been opened. What remaining sites put into it waits there for the next cell.
+    A cell left with fewer records than ``floor``, or with fewer contributors than ``k_min``, is
+    revoked: it would never have been opened. What remaining sites put into it waits there for the
+    next cell.
     """
     held = find(bank, cell)
     about = replace(
@@ -372,7 +374,7 @@ def withdraw(
         contributors=contributors,
         covers=covers,
     )
-    if records == 0 or contributors < k_min:
+    if records < max(floor, 1) or contributors < k_min:
         return _revoke(bank, about)
     cells = tuple(Cell(about=about, total=total) if c is held else c for c in bank.cells)
     return replace(bank, cells=cells)

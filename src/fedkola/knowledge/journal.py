@@ -183,6 +183,16 @@ def reconcile(store: Path, sealed: Collection[tuple[int, str]], *, round: int) -
             path.unlink()
 
 
+def owners(store: Path) -> tuple[tuple[str, str], ...]:
+    """(record, patient) of every version that was summed, without reading embeddings."""
+    abouts = [_about(path) for path in sorted((store / "journal").glob("*.safetensors"))]
+    return tuple(
+        pair
+        for about in abouts
+        for pair in zip(json.loads(about["records"]), json.loads(about["patients"]), strict=True)
+    )
+
+
 def keep(entry: Entry, *, without: Collection[str]) -> Entry:
     """The entry without these records."""
     rows = [i for i, record in enumerate(entry.records) if record not in without]
@@ -195,11 +205,12 @@ def only(entry: Entry, *, records: Collection[str]) -> Entry:
     return _rows(entry, rows)
 
 
-def delete(store: Path, *, records: Collection[str]) -> None:
-    """Drop records from every entry; the last step of a removal."""
-    for path in sorted((store / "journal").glob("*.safetensors")):
-        entry = _load(path)
-        _rewrite(store, entry, keep(entry, without=records))
+def delete(store: Path, gone: Mapping[Place, Collection[str]]) -> None:
+    """Drop records from their places; the last step of a removal."""
+    for place, records in gone.items():
+        entry = read(store, *place)
+        if entry:
+            _rewrite(store, entry, keep(entry, without=records))
 
 
 def _rewrite(store: Path, entry: Entry, rest: Entry) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedkola.knowledge import views
+from fedkola.knowledge.stream import hash_share
 from fedkola.knowledge.views import View
 
 BINS = 1024
@@ -79,22 +80,35 @@ def auc(members: Tensor, others: Tensor) -> float:
     return float(_auc(members[None].numpy(), others[None].numpy())[0])
 
 
+def interval(members: Tensor, others: Tensor, *, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the AUC of two rows of counts, neither of them empty."""
+    generator = np.random.default_rng(seed)
+    drawn = [
+        generator.multinomial(int(counts.sum()), counts.numpy() / int(counts.sum()), _DRAWS)
+        for counts in (members, others)
+    ]
+    low, high = np.quantile(_auc(*drawn), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def halves(records: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Rows of the two halves of never-seen records; a hash of the record's id decides."""
+    first = [i for i, record in enumerate(records) if hash_share(f"half {record}") < 0.5]
+    chosen = set(first)
+    return first, [i for i in range(len(records)) if i not in chosen]
+
+
 def evidence(before: Tensor, after: Tensor, *, seed: int = 0) -> Evidence | None:
     """What counts (GROUPS, BINS) under the views before and after say; None if they are few."""
     forgotten, never = after[0], after[1] + after[2]
     sizes = int(forgotten.sum()), int(never.sum())
     if min(sizes) < LEAST:
         return None
-    generator = np.random.default_rng(seed)
-    drawn = [
-        generator.multinomial(size, counts.numpy() / size, _DRAWS)
-        for size, counts in zip(sizes, (forgotten, never), strict=True)
-    ]
-    low, high = np.quantile(_auc(*drawn), [0.025, 0.975])
+    low, high = interval(forgotten, never, seed=seed)
     return Evidence(
         auc=auc(forgotten, never),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         before=auc(before[0], before[1] + before[2]),
         null=auc(after[1], after[2]),
         forgotten=sizes[0],

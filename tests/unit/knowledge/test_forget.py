@@ -109,13 +109,12 @@ def test_settling_one_request_leaves_the_unsettled_receipt_of_another(store: Pat
     }
 
 
-def test_the_class_of_a_removal_depends_on_the_cell_and_the_subject():
-    for request in (SITE, P1, R4):
-        assert forget.classify(CellKind.ANALYTIC, request) == "E0"
-        assert forget.classify(CellKind.ROUTER, request) == "E0"
-    assert forget.classify(CellKind.LORA, SITE) == "E1"
-    assert forget.classify(CellKind.LORA, P1) == "E2"
-    assert forget.classify(CellKind.LORA, R4) == "E2"
+def test_the_class_of_a_removal_depends_on_the_cell_and_on_what_is_left_of_an_addend():
+    for whole in (True, False):
+        assert forget.classify(CellKind.ANALYTIC, whole=whole) == "E0"
+        assert forget.classify(CellKind.ROUTER, whole=whole) == "E0"
+    assert forget.classify(CellKind.LORA, whole=True) == "E1"
+    assert forget.classify(CellKind.LORA, whole=False) == "E2"
 
 
 def outcome(kind: str) -> CellOutcome:

@@ -62,7 +62,7 @@ def test_a_record_that_was_summed_is_not_pending_in_a_later_round(tmp_path: Path
 def test_deleting_records_leaves_the_rest_of_their_entries(tmp_path: Path):
     journal.write(tmp_path, entry(1, "heart", "r1", "r2", "r3"))
     journal.write(tmp_path, entry(1, "lung", "r4"))
-    journal.delete(tmp_path, records={"r2", "r4"})
+    journal.delete(tmp_path, {(1, "heart"): {"r2"}, (1, "lung"): {"r4"}, (2, "none"): {"r1"}})
     (left,) = journal.entries(tmp_path)
     assert left.records == ("r1", "r3")
     assert left.patients == ("pr1", "pr3")
