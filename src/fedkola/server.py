@@ -466,7 +466,8 @@ def foresee(federation: Federation, ledger: Ledger, request: Request) -> tuple[F
         if places.isdisjoint(touched):
             continue
         sites = [name for name in given if not places.isdisjoint(given[name])]
-        outcome = forget.classify(about.kind, whole=_whole(federation, given, places))
+        whole = _whole(federation, given, places)
+        outcome = forget.classify(about.kind, whole=whole, adapted=bool(state.base))
         members = [name for name in roster if name in about.cohort]
         found.append(
             Foreseen(
@@ -576,7 +577,7 @@ def _subtract(
 ) -> tuple[ForgetReceipt, BankState]:
     """The state after a removal, and its receipt but for who asked."""
     began = time.perf_counter()
-    algorithm, clients = _forgetting(federation), federation.clients
+    algorithm, clients = _forgetting(federation).on(state.base), federation.clients
     leaving = {request.site for request in requests if request.kind == "site"}
     staying = tuple(name for name in roster if name not in leaving)
     request = "+".join(sorted(r.id for r in requests))
@@ -594,6 +595,9 @@ def _subtract(
         ask, cohort = algorithm.remove, roster
     after, before, records = ask(state, names, request, cohort, clients, leavers=sorted(leaving))
     after = _closed(after, requests)
+    if state.base:
+        # Nothing has been consolidated, so the next round does it, without these records.
+        after = replace(after, consolidated=0)
     same = None
     if recount:
         names = [cell.about.id for cell in before]
@@ -609,7 +613,9 @@ def _subtract(
                 cell=cell.about.id,
                 module=cell.about.module,
                 kind=cell.about.kind.value,
-                outcome="E3" if absent else forget.classify(cell.about.kind, whole=whole),
+                outcome=forget.classify(
+                    cell.about.kind, whole=whole, absent=absent, adapted=bool(state.base)
+                ),
                 before=cell.about.words,
                 after=live[cell.about.id].words if cell.about.id in live else "revoked",
                 sites=sum(not places.isdisjoint(own) for own in given.values()),
@@ -632,6 +638,7 @@ def _subtract(
             "records": all(about.records >= algorithm.floor(about.kind) for about in kept),
             "difference": all(cell.sites >= k_min for cell in outcomes),
         },
+        not_covered=forget.NOT_COVERED + ((forget.BASE,) if state.base else ()),
     )
     clients.tally()
     return receipt, after

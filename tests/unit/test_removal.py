@@ -1,6 +1,7 @@
 """Removals of every kind: what is equal afterwards, what waits for what, and what is refused."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -468,3 +469,27 @@ def test_what_is_foreseen_is_what_the_receipt_then_says(tmp_path: Path):
     assert all(step.bytes_up > 0 for step in steps)
     with Ledger.open(tmp_path) as ledger, pytest.raises(UnknownCell, match="contributed nothing"):
         server.foresee(federation, ledger, Request(kind="patient", site="north", name="nobody"))
+
+
+# --- cells that stand on a base the federation learnt ---------------------------------------------
+
+
+def test_a_removal_under_an_adapted_base_cascades_with_the_next_round(tmp_path: Path):
+    adapted = (*FAST, "algorithm.name=adapted", "knowledge.adapt_rank=2", "run.rounds=2")
+    federation = small.assemble(tmp_path / "run", *adapted)
+    small.run(federation)
+    request = Request(kind="patient", site="north", name="north-p3")
+    (receipt,) = removed(federation, request)
+    assert {cell.outcome for cell in receipt.cells} == {"E4"}
+    assert forget.BASE in receipt.not_covered
+    state = state_of(federation)
+    third = federation.algorithm.round(3, state, small.SITES, federation.clients)
+    sites = small.without(small.data(), "north", patients=("north-p3",))
+    never = small.assemble(tmp_path / "never", *adapted, sites=sites)
+    clean = never.algorithm.round(
+        3, replace(small.run(never), consolidated=0), small.SITES, never.clients
+    )
+    assert third.base.keys() == clean.base.keys()
+    assert all(torch.equal(third.base[name], clean.base[name]) for name in third.base)
+    assert any(not torch.equal(third.base[name], state.base[name]) for name in third.base)
+    assert small.cells(third) == small.cells(clean)

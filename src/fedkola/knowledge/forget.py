@@ -6,7 +6,7 @@
 | E1 | one-shot LoRA, all that a site added | the stored addend is subtracted | all integers |
 | E2 | one-shot LoRA, a part of it | the addend is trained again, same seed | bits on one machine |
 | E3 | any, its leaver is away | dropped; the others send their addends again | all integers |
-| E4 | cells with parents | none in this version: no cell depends on a view | - |
+| E4 | cells under an adapted base | as above; the next round learns the base anew | all, by then |
 | E5 | cells that nobody can rebuild | none in this version: every cell is one of the above | - |
 
 Equality is to the bank that never had the data, given the recorded opening decisions.
@@ -44,7 +44,7 @@ CLASSES: Mapping[str, str] = {
     "E1": "subtract the receipt: the stored addend is subtracted; equal bit for bit",
     "E2": "retrain one addend: without the records, from the same seed; equal bits on one machine",
     "E3": "refill one cell: the others send their stored addends again; equal bit for bit",
-    "E4": "cascade: cannot occur, no cell of this version depends on a view",
+    "E4": "cascade: subtracted; the next round learns the adapted base anew, and sums all under it",
     "E5": "approximate: cannot occur, every cell of this version can be rebuilt exactly",
 }
 
@@ -54,6 +54,10 @@ NOT_COVERED = (
     "backups and third-party logs",
     "the decision to open a module or a label row, which the removed records helped to take",
 )
+BASE = (
+    "the adapted base, which has learnt from the removed records until the next round replaces it"
+)
+"""Not covered either where cells stand on a base that the federation adapted."""
 
 
 Names = Mapping[str, set[str]]
@@ -277,8 +281,13 @@ def covering(
     return next(other for other in others if _row(_of(data, (other,)), data, rows[0], scopes))
 
 
-def classify(kind: CellKind, *, whole: bool) -> str:
-    """The forgetting class of one cell. ``whole``: every site concerned takes back all it added."""
+def classify(kind: CellKind, *, whole: bool, absent: bool = False, adapted: bool = False) -> str:
+    """The forgetting class of one cell. ``whole``: every site concerned takes back all it added;
+    ``absent``: the leaver cannot; ``adapted``: the cell stands on a base that was learnt."""
+    if adapted:
+        return "E4"
+    if absent:
+        return "E3"
     if kind is not CellKind.LORA:
         return "E0"
     return "E1" if whole else "E2"
