@@ -256,7 +256,7 @@ def test_a_cell_that_is_revoked_leaves_the_gram_and_waits_for_the_next_one(
     names = [c.about.id for c in state.bank.cells if c.about.kind is not CellKind.SCATTER]
     east.post(request)
     asked = tuple(site for site in small.SITES if site != absent)
-    after, _, _ = method.remove(state, names, request.id, asked, clients, leaver="east")
+    after, _, _ = method.remove(state, names, request.id, asked, clients, leavers=("east",))
     east.settle(request)
     revoked = {about.module for about in after.bank.revoked}
     # With a site away that contributed to the revoked cell, the Gram goes as a whole.
