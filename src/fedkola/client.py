@@ -132,6 +132,23 @@ class Site:
             penalty=penalty,
         )
 
+    def gradients(
+        self,
+        weights: Weights,
+        data: Dataset,
+        *,
+        classes: Sequence[str],
+        pinned: Weights | None = None,
+    ) -> Weights:
+        return fit.gradients(
+            self._trainer.foundation,
+            weights,
+            data.questions,
+            self._rows(data, classes),
+            scale=self._trainer.scale,
+            pinned=pinned,
+        )
+
     def importance(
         self,
         weights: Weights,

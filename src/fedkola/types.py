@@ -275,6 +275,17 @@ class Client(Protocol):
         """
         ...
 
+    def gradients(
+        self,
+        weights: Weights,
+        data: Dataset,
+        *,
+        classes: Sequence[str],
+        pinned: Weights | None = None,
+    ) -> Weights:
+        """The gradient of an encoder's summed loss over ``data`` at ``weights``."""
+        ...
+
     def importance(
         self,
         weights: Weights,

@@ -1,17 +1,18 @@
 """FedKoLa on a representation that the federation adapts as its knowledge grows.
 
-server:  anchors <- mean frozen embedding of every node                  lesson 1, a sum
-         B <- B + sum_k n_k (B_k - B) / sum_k n_k, a few times           lesson 2, FFA-LoRA
-         bank <- empty; vote and fill under (frozen, adapted)            consolidation
-client:  B_k = fit(B; cross-entropy against the fixed anchors, half of the records shortened)
+server:  head <- mean frozen embedding of every node                      lesson 1, a sum
+         (A, B, head) <- Adam on sum_k grad_k / sum_k n_k, step by step   lesson 2, sums
+         bank <- empty; vote and fill under (frozen, adapted)             consolidation
+client:  grad_k of cross-entropy on a share of its records, half of them shortened
 
-Consolidation comes when the records have grown by ``adapt_share`` since the last one. B always
-starts from zero and learns from everything that sites hold by then, so the newest base does not
-depend on older ones; every site sums its records anew under it, which is exact. A site that is
-away sums its records when it returns. Use it where frozen features are the limit; what it gives up
-is that removal reaches the adapter only with the next consolidation (:meth:`Adapted.consolidate`).
-Sources: FFA-LoRA (Sun et al., ICLR 2024), prototypes as fixed classifiers (FedBABU, Oh et al., ICLR
-2022; FedProto, Tan et al., AAAI 2022).
+Sums of gradients are those of one site with all records, whatever labels a site holds. Local steps
+that are averaged are not: with specialties as sites, all texts end up alike (docs/decisions/0006).
+Consolidation comes when the records have grown by ``adapt_share`` since the last one. The adapter
+always starts anew and learns from everything that sites hold by then, so it does not depend on
+older ones; every site sums its records anew under it, which is exact. A site that is away sums its
+records when it returns. Use it where frozen features are the limit. What it gives up is that
+removal reaches the adapter only with the next consolidation. Sources: FedSGD (McMahan et al.,
+AISTATS 2017), LoRA (Hu et al., ICLR 2022).
 """
 
 import math
@@ -28,6 +29,8 @@ from fedkola.errors import CohortTooSmall, Incompatible
 from fedkola.knowledge import adaptation
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.bank import Bank, CellKind, KnowledgeCell
+from fedkola.training import adapters
+from fedkola.training.fit import HEAD
 from fedkola.types import (
     Aggregate,
     Broadcast,
@@ -40,7 +43,7 @@ from fedkola.types import (
     Weights,
 )
 
-GRID = 20
+GRID = 18
 KINDS = (CellKind.ANALYTIC, CellKind.ROUTER, CellKind.SCATTER)
 
 
@@ -55,19 +58,12 @@ class Adapted(FedKoLa):
 
     @classmethod
     def of(cls, setting: Setting) -> Self:
-        """Raises Incompatible for a rank that does not fit, and with a LoRA lane: its modules would
-        be slots of a base that moves."""
+        """Raises Incompatible with a LoRA lane: its modules would be slots of a base that moves."""
         k, a = setting.plan.knowledge, setting.plan.algorithm
         if "lora" in k.lanes:
             raise Incompatible(
                 'algorithm.name = adapted moves the base, so knowledge.lanes cannot have "lora"; '
                 "use one or the other"
-            )
-        narrowest = min(width for _, width in setting.targets.values())
-        if k.adapt_rank > narrowest:
-            raise Incompatible(
-                f"knowledge.adapt_rank = {k.adapt_rank} does not fit the model, whose narrowest "
-                f"adapted layer reads {narrowest} numbers; lower it"
             )
         plain = FedKoLa.of(setting)
         return cls(
@@ -99,7 +95,7 @@ class Adapted(FedKoLa):
         return self.calibrate(after, survivors, clients)
 
     def adapt(self, state: State, cohort: Cohort, clients: Clients) -> Weights:
-        """The factors B of a new base. Only labels with an open row take part."""
+        """The factors of a new base. Only labels with an open row take part."""
         position = {code: i for i, code in enumerate(self._catalogue().codes())}
         rows = [position[code] for code in banks.open_rows(state.bank)]
         open_labels = torch.tensor(rows, dtype=torch.int64)
@@ -112,20 +108,26 @@ class Adapted(FedKoLa):
             scale={"sums": 0, "counts": 0},
         )
         seen = self._enough(clients.sum(cohort, asked)).words
-        anchors = adaptation.anchors(seen["sums"], seen["counts"])
-        base: Weights = adaptation.zero(self.targets, rank=self.adapt_rank)
-        for exchange in range(self.exchanges):
+        weights: Weights = {
+            **adapters.fresh(self.targets, rank=self.adapt_rank, seed=self.basis_seed),
+            HEAD: adaptation.anchors(seen["sums"], seen["counts"]),
+        }
+        moments = adaptation.adam(weights)
+        for step in range(1, self.exchanges + 1):
             asked = ask(
                 self,
                 "learn",
                 state.number,
-                {"labels": open_labels, "anchors": anchors, **adaptation.carried(base)},
+                {"labels": open_labels, **weights},
                 word=32,
-                scale=dict.fromkeys(base, GRID),
+                scale=dict.fromkeys(weights, GRID),
             )
-            step = wire.mean(self._enough(clients.sum(cohort, replace(asked, seed=exchange))))
-            base = {name: old + step[name] for name, old in base.items()}
-        return base
+            found = self._enough(clients.sum(cohort, replace(asked, seed=step)))
+            if not int(found.words[wire.WEIGHT]):
+                continue
+            rate = adaptation.schedule(step, self.exchanges, self.lr)
+            weights, moments = moments.step(weights, wire.mean(found), lr=rate)
+        return {name: value for name, value in weights.items() if name != HEAD}
 
     def pooling(self, number: int, bank: Bank, cohort: Cohort) -> KnowledgeCell | None:
         """No Gram of cells that a consolidation is about to sum anew."""
@@ -162,28 +164,17 @@ class Adapted(FedKoLa):
         )
 
     def learn(self, client: Client, asked: Broadcast) -> Update:
-        """The weighted change of B after a share of an epoch towards the anchors."""
-        base, rest = adaptation.split(asked.tensors)
+        """The gradient of the summed loss over this step's share of the records."""
         data = adaptation.lesson(
             self._held(client, asked),
             share=min(1.0, self.epochs / self.exchanges),
             shortened=self.shortened,
             seed=asked.seed,
+            site=client.name,
         )
-        head = {"head.weight": rest["anchors"], "head.bias": torch.zeros(len(rest["anchors"]))}
-        factors = adaptation.pinned(client.targets, rank=self.adapt_rank, seed=self.basis_seed)
-        trained = client.fit(
-            base,
-            data,
-            steps=math.ceil(len(data) / self.batch),
-            batch=self.batch,
-            lr=self.lr,
-            seed=asked.seed,
-            classes=client.catalogue.nodes(self.level),
-            pinned={**factors, **head},
-        )
-        changes = {name: len(data) * (trained[name] - old) for name, old in base.items()}
-        return Update(client=client.name, tensors=changes, weight=len(data))
+        weights = {name: value for name, value in asked.tensors.items() if name != "labels"}
+        gradients = client.gradients(weights, data, classes=client.catalogue.nodes(self.level))
+        return Update(client=client.name, tensors=gradients, weight=len(data))
 
     def _held(self, client: Client, asked: Broadcast) -> Dataset:
         """Everything that has arrived under the labels asked for, in the order of arrival."""

@@ -494,8 +494,7 @@ class FedKoLa:
         frozen = reader.features(texts)
         if not base:
             return frozen
-        adapter = adaptation.whole(base, self.targets, seed=self.basis_seed)
-        return adaptation.beside(frozen, reader.features(texts, adapter=adapter))
+        return adaptation.beside(frozen, reader.features(texts, adapter=base))
 
     def losses(
         self, state: State, reader: Reader, prompts: Sequence[str], texts: Sequence[str]
@@ -1154,8 +1153,7 @@ class FedKoLa:
         base, _ = adaptation.split(asked.tensors)
         if not base:
             return frozen
-        adapter = adaptation.whole(base, client.targets, seed=self.basis_seed)
-        return adaptation.beside(frozen, client.features(data, adapter=adapter))
+        return adaptation.beside(frozen, client.features(data, adapter=base))
 
     def _entries(self, client: Client, asked: Broadcast) -> dict[Place, journal.Entry]:
         """What this site put into the cell, by place."""

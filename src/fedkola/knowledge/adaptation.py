@@ -1,45 +1,21 @@
 """A representation that the sites adapt together, beside the frozen one.
 
-An adapter ``base`` is its factors B alone: A is pinned, slot 0 of an orthogonal basis of its own,
-so the mean of B over sites is the mean of the products B A (FFA-LoRA; Sun et al., ICLR 2024). Local
-training pulls embeddings to the mean frozen embedding of their node, which stays fixed: sites that
-hold different nodes then pull towards one geometry. What enters cells is the frozen embedding with
-the adapted one beside it, so that nothing the frozen base tells apart is ever lost.
+``base`` is a LoRA adapter of the frozen model, A and B of every target layer, with the scale of all
+adapters of the run. What enters cells is the frozen embedding with the adapted one beside it, so
+that nothing the frozen base tells apart is ever lost.
 """
 
 import hashlib
-import math
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 
 import torch
 from torch import Tensor
 
-from fedkola.knowledge import basis
 from fedkola.knowledge.stream import seeded
 from fedkola.types import Dataset, Weights
 
 PREFIX = "base."
-SEED = 1 << 40  # Apart from the slots of modules under any seed that a plan may name.
-
-
-def pinned(targets: Mapping[str, tuple[int, int]], *, rank: int, seed: int) -> dict[str, Tensor]:
-    """The factors A that every site makes for itself."""
-    return basis.slot(targets, index=0, rank=rank, seed=SEED + seed)
-
-
-def zero(targets: Mapping[str, tuple[int, int]], *, rank: int) -> dict[str, Tensor]:
-    """The factors B of no adaptation."""
-    return {f"{layer}.lora_B": torch.zeros(out, rank) for layer, (out, _) in targets.items()}
-
-
-def whole(base: Weights, targets: Mapping[str, tuple[int, int]], *, seed: int) -> dict[str, Tensor]:
-    """A and B of an adapter that is named by its B; empty where there is none."""
-    if not base:
-        return {}
-    rank = next(iter(base.values())).shape[1]
-    return {**pinned(targets, rank=rank, seed=seed), **base}
 
 
 def digest(base: Weights) -> str:
@@ -71,13 +47,13 @@ def anchors(sums: Tensor, counts: Tensor) -> Tensor:
     return torch.nn.functional.normalize(means, dim=1)
 
 
-def lesson(data: Dataset, *, share: float, shortened: float, seed: int) -> Dataset:
-    """A share of the records by seed, some of them shortened to a part of their words.
+def lesson(data: Dataset, *, share: float, shortened: float, seed: int, site: str) -> Dataset:
+    """A share of a site's records by seed, some of them shortened to a part of their words.
 
     Whoever asks is terser than an official description, and words it in another way.
     """
-    chance = seeded(seed, "lesson")
-    rows = sorted(chance.sample(range(len(data)), math.ceil(share * len(data))))
+    chance = seeded(seed, "lesson", site)
+    rows = [i for i in range(len(data)) if chance.random() < share]
     chosen = data.take(rows)
     return replace(chosen, texts=tuple(_shorter(text, shortened, chance) for text in chosen.texts))
 
@@ -93,3 +69,36 @@ def _shorter(text: str, share: float, chance: Random) -> str:
 def beside(frozen: Tensor, adapted: Tensor) -> Tensor:
     """Integer embeddings (n, 2 d): the frozen ones with the adapted ones to their right."""
     return torch.cat([frozen, adapted], dim=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adam:
+    """Adam's moments (Kingma and Ba, ICLR 2015), kept at the server: it sees whole gradients."""
+
+    first: Weights
+    second: Weights
+    steps: int = 0
+
+    def step(
+        self, weights: Weights, gradients: Weights, *, lr: float
+    ) -> tuple[dict[str, Tensor], "Adam"]:
+        """The weights one step on, float32, and the moments after it."""
+        number = self.steps + 1
+        first = {n: 0.9 * self.first[n] + 0.1 * g for n, g in gradients.items()}
+        second = {n: 0.99 * self.second[n] + 0.01 * g * g for n, g in gradients.items()}
+        moved = {}
+        for name, value in weights.items():
+            mean = first[name] / (1 - 0.9**number)
+            size = (second[name] / (1 - 0.99**number)).sqrt() + 1e-8
+            moved[name] = (value.to(torch.float64) - lr * mean / size).to(torch.float32)
+        return moved, Adam(first=first, second=second, steps=number)
+
+
+def adam(weights: Weights) -> Adam:
+    zeros = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in weights.items()}
+    return Adam(first=zeros, second=dict(zeros))
+
+
+def schedule(step: int, steps: int, lr: float) -> float:
+    """A rate that rises over a tenth of the steps and falls to nothing at the end."""
+    return lr * min(1.0, step / max(1.0, steps / 10)) * (1 - (step - 1) / steps)

@@ -6,11 +6,14 @@ import pytest
 import small_federation as small
 import torch
 
+from fedkola import server
 from fedkola.errors import Incompatible
 from fedkola.evaluation import oneshot, scoring
 from fedkola.knowledge import adaptation
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.bank import CellKind
+from fedkola.training import adapters
+from fedkola.types import Dataset
 
 SETTINGS = (
     "algorithm.name=adapted",
@@ -64,9 +67,33 @@ def test_an_adapter_and_module_slots_do_not_share_a_base(tmp_path: Path):
         small.assemble(tmp_path, "algorithm.name=adapted", 'knowledge.lanes=["analytic", "lora"]')
 
 
-def test_a_rank_that_the_model_cannot_hold_is_refused_before_round_one(tmp_path: Path):
-    with pytest.raises(Incompatible, match="reads 16 numbers"):
-        small.assemble(tmp_path, *SETTINGS, "knowledge.adapt_rank=17")
+def test_summed_gradients_are_those_of_one_site_with_all_records(tmp_path: Path):
+    federation = small.assemble(tmp_path, *SETTINGS)
+    algorithm, sites = federation.algorithm, federation.sites
+    union = small.assemble(
+        tmp_path / "union", *SETTINGS, sites={"union": joined(small.data())}
+    ).sites["union"]
+    weights = server.initial_weights(federation) | adapters.weights_template(
+        federation.foundation, rank=2, seed=1
+    )
+    nodes = federation.stream.catalogue.nodes(0)
+    parts = [
+        site.gradients(weights, site.knowledge.until(3), classes=nodes) for site in sites.values()
+    ]
+    whole = union.gradients(weights, union.knowledge.until(3), classes=nodes)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(sum(p[name] for p in parts), gradient, rtol=1e-4, atol=1e-5)
+    assert algorithm.exchanges == 2
+
+
+def joined(sites: dict[str, Dataset]) -> Dataset:
+    return Dataset(
+        records=tuple(r for data in sites.values() for r in data.records),
+        texts=tuple(t for data in sites.values() for t in data.texts),
+        labels=tuple(c for data in sites.values() for c in data.labels),
+        patients=tuple(p for data in sites.values() for p in data.patients),
+        windows=tuple(w for data in sites.values() for w in data.windows),
+    )
 
 
 def test_answers_are_read_under_the_base_that_sums_were_made_under(tmp_path: Path):
