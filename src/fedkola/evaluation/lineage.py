@@ -14,6 +14,7 @@ from fedkola.knowledge.bank import Bank, ModuleState
 from fedkola.ledger import EventRow
 
 CLOSED = (ModuleState.SUPERSEDED.value, ModuleState.RETIRED.value)
+EXPECTED = ("OPEN", "SEAL", "LABEL", "RATE")  # what every round brings; other events are changes
 
 
 def log(
@@ -80,6 +81,12 @@ def sentence(kind: str, body: Mapping[str, Any]) -> str:
     if kind == "FORGET":
         where = f" at {body['site']}" if body.get("site") else ""
         return f"{body.get('kind')}{where}: {body.get('records')} records removed"
+    if kind == "REVISE":
+        return f"records of round {body['round']} arrived anew; their old versions were taken back"
+    if kind == "MISFIT":
+        return f"{body['windows']} windows do not fit what is declared; their sites were told"
+    if kind == "DOUBT":
+        return "sites disagree with this label more often than not"
     plain = {"SPLIT": "taken apart", "DISSOLVE": "dissolved; its cells answer themselves again"}
     return plain.get(kind, ", ".join(sorted(body)))
 
@@ -125,6 +132,40 @@ def lineage(bank: Bank, events: Sequence[EventRow], name: str) -> dict[str, Any]
             }
         )
     return {"scope": chosen[0].scope, "versions": versions}
+
+
+def chronicle(bank: Bank, events: Sequence[EventRow]) -> dict[str, Any]:
+    """The lineage of every scope in one list, oldest scope first, and what changed later.
+
+    A version has ``marks``, (round, "sealed" or "changed") of its cells. ``changes`` are the events
+    that not every round brings, each with a sentence; those of a module's lanes are one.
+    """
+    marks: dict[str, list[tuple[int, str]]] = {}
+    for event in events:
+        if event.kind != "RATE" and event.body.get("kind") and event.body.get("module"):
+            kind = "sealed" if event.kind == "SEAL" else "changed"
+            found = marks.setdefault(str(event.body["module"]), [])
+            if (event.round, kind) not in found:
+                found.append((event.round, kind))
+    versions = [
+        {**version, "marks": marks.get(version["id"], [])}
+        for scope in dict.fromkeys(module.scope for module in bank.modules)
+        for version in lineage(bank, events, scope)["versions"]
+    ]
+    grouped: dict[tuple[int, str, str], list[EventRow]] = {}
+    for event in events:
+        closing = event.kind == "LABEL" and event.body["valid_to"] is not None
+        module = "" if closing else str(event.body.get("module", ""))
+        if (event.kind not in EXPECTED or closing) and module != banks.POOL:
+            grouped.setdefault((event.round, event.kind, module or event.subject), []).append(event)
+    changes = []
+    for (number, kind, about), alike in grouped.items():
+        body = dict(alike[0].body)
+        if about == body.get("module") and kind != "LABEL":
+            body["kind"] = ", ".join(dict.fromkeys(str(e.body.get("kind", "")) for e in alike))
+            body["records"] = max(e.body.get("records", 0) for e in alike)
+        changes.append({"round": number, "about": about, "what": sentence(kind, body)})
+    return {"versions": versions, "changes": changes}
 
 
 def as_of(

@@ -296,7 +296,7 @@ def heat(
         parts.append(_text(left + width * (at + 0.5), top - 10, label, "tick mid"))
     for k, name in enumerate(names):
         y = top + tall * k
-        parts.append(_text(left - 10, y + 15, clip(name, 38), "name end"))
+        parts.append(_text(left - 10, y + 15, clip(name, 33), "name end"))
         cells = [number(row[k]) for _, row in columns]
         first = next((at for at, cell in enumerate(cells) if cell is not None), len(cells))
         for at, cell in enumerate(cells):
@@ -425,7 +425,7 @@ def lives(rows: Sequence[Mapping[str, Any]], rounds: int) -> Markup:
     """
     if not rows:
         return Markup("")
-    left, right, top, tall = 246, WIDTH - 120, 46, 23
+    left, right, top, tall = 246, WIDTH - 124, 46, 23
     slots = max(2, rounds)
 
     def x(number: float) -> float:
@@ -449,17 +449,18 @@ def lives(rows: Sequence[Mapping[str, Any]], rounds: int) -> Markup:
         start = x(row["opened"])
         width = max(6.0, x(end) - start)
         past = "" if row["closed"] is None else " past"
-        parts.append(_text(left - 12, y(at) + 4, clip(row["name"], 38), "name end"))
+        parts.append(_text(left - 12, y(at) + 4, clip(row["name"], 33), "name end"))
         parts.append(_box(start - 3, y(at) - 5, width + 6, 10, f"life{past}"))
         if row["heir"] is not None:
             path = f"M{x(end):.1f} {y(at):.1f}V{y(row['heir']):.1f}"
             parts.append(Markup('<path class="heir" d="{}"/>').format(path))
+        sealed = {when for when, kind in row["marks"] if kind == "sealed"}
         for when, kind in row["marks"]:
-            shape = (
-                _disc(x(when), y(at), "c1") if kind == "sealed" else _diamond(x(when), y(at), "c2")
-            )
-            parts.append(shape)
-        parts.append(_text(right + 14, y(at) + 4, row["says"], "small muted"))
+            if kind == "sealed":
+                parts.append(_disc(x(when), y(at), "c1"))
+            else:
+                parts.append(_diamond(x(when) + 11 * (when in sealed), y(at), "c2"))
+        parts.append(_text(right + 20, y(at) + 4, row["says"], "small muted"))
     current = sum(row["closed"] is None for row in rows)
     about = f"{len(rows)} module versions over {rounds} rounds, {current} of them current."
     return _svg("Lineage of the bank", about, y(len(rows)), parts)

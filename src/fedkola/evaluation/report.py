@@ -9,6 +9,7 @@ import base64
 import hashlib
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
@@ -105,6 +106,7 @@ def _page(doc: Mapping[str, Any]) -> dict[str, Any]:
         "heat": _heat(doc.get("matrix") or (), scopes, windows),
         "comparison": _comparison(doc.get("comparison") or ()),
         "freshness": _freshness(doc, scopes, windows),
+        "lineage": _lineage(doc.get("lineage") or {}),
         "traffic": plots.traffic(windows),
         "totals": _totals(windows),
         "sites": _sites(doc.get("sites") or (), names),
@@ -271,6 +273,45 @@ def _freshness(
         "classical": classical,
         "plot": plot,
         "others": others,
+    }
+
+
+def _lineage(lineage: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Versions of modules as lanes and as rows, and what became of them."""
+    versions = list(lineage.get("versions") or ())
+    if not versions:
+        return None
+    several = Counter(version["scope"] for version in versions)
+    at = {version["id"]: row for row, version in enumerate(versions)}
+    rows = []
+    for version in versions:
+        name = _short(str(version.get("text") or version["scope"]))
+        heir = version.get("superseded_by") or ""
+        if several[version["scope"]] > 1:
+            name = f"{plots.clip(name, 29)} v{version['version']}"
+        records = plots.count(version["records"])
+        rows.append(
+            {
+                "name": name,
+                "opened": version["opened"],
+                "closed": version["closed"],
+                "marks": version["marks"],
+                "heir": at.get(heir),
+                "says": f"{records} record{'' if version['records'] == 1 else 's'}",
+                "state": f"superseded by {heir}" if heir else version["state"],
+                "cells": len(version["cells"]),
+                "records": records,
+                "labels": plots.count(version["labels"]),
+                "id": version["id"],
+            }
+        )
+    return {
+        "plot": plots.lives(rows, int(lineage["rounds"])),
+        "rows": rows,
+        "changes": list(lineage.get("changes") or ()),
+        "earlier": lineage.get("earlier") or 0,
+        "superseded": sum(row["heir"] is not None for row in rows),
+        "current": sum(row["closed"] is None for row in rows),
     }
 
 

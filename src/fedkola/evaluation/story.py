@@ -12,7 +12,7 @@ from typing import Any
 
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
-from fedkola.evaluation import answers, machine, metrics, oneshot, scoring
+from fedkola.evaluation import answers, lineage, machine, metrics, oneshot, scoring
 from fedkola.evaluation.answers import Answer
 from fedkola.knowledge.bank import CellKind
 from fedkola.knowledge.stream import Records
@@ -23,6 +23,7 @@ from fedkola.types import Dataset
 
 OUTSIDE = "quarterly revenue of the shipping company rose by four percent"
 AGREEMENT_RECORDS = 2000
+CHANGES = 40
 
 
 def document(federation: Federation, ledger: Ledger, state: Any) -> dict[str, Any]:
@@ -44,6 +45,8 @@ def document(federation: Federation, ledger: Ledger, state: Any) -> dict[str, An
         "parked": dict(state.parked) if isinstance(state, BankState) else {},
         "commands": _commands(federation, receipts),
     }
+    if isinstance(state, BankState) and state.bank.modules:
+        found["lineage"] = _lineage(federation, state, events)
     if receipts:
         found["receipt"] = _receipt(receipts[-1])
     if not rounds or federation.foundation.kind == "causal":
@@ -158,6 +161,29 @@ def _window(federation: Federation, row: RoundRow, events: Sequence[EventRow]) -
             "top5": report["metrics"]["top5"],
         }
     return found
+
+
+def _lineage(
+    federation: Federation, state: BankState, events: Sequence[EventRow]
+) -> dict[str, Any]:
+    """The bank's record with its scopes in words; of many changes the last ones."""
+    told = lineage.chronicle(state.bank, events)
+    known = set(federation.stream.catalogue.scopes())
+    versions = [
+        {
+            **version,
+            "text": scope_text(federation, version["scope"])
+            if version["scope"] in known
+            else version["scope"],
+        }
+        for version in told["versions"]
+    ]
+    return {
+        "rounds": state.number,
+        "versions": versions,
+        "changes": told["changes"][-CHANGES:],
+        "earlier": max(0, len(told["changes"]) - CHANGES),
+    }
 
 
 def _sites(federation: Federation, agreement: Mapping[str, float]) -> list[dict[str, Any]]:

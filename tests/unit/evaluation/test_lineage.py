@@ -132,3 +132,33 @@ def test_labels_are_listed_with_their_records_and_what_replaced_them():
     assert [row["code"] for row in lineage.labels(bank, scope="lung")] == ["lung-1"]
     with pytest.raises(UnknownCell, match="no scope 'bone'"):
         lineage.labels(bank, scope="bone")
+
+
+def test_a_chronicle_marks_when_cells_came_and_tells_only_what_is_not_routine():
+    steps = history()
+    after = steps[-1]
+    for about in [cell.about for cell in after.cells[:2]]:
+        less = total(about.kind, HEART, ["heart-1"], embeddings(["heart-1"]))
+        after = banks.withdraw(after, about.id, less, records=1, contributors=3)
+    told = lineage.chronicle(after, rows([*steps, after]))
+    marks = {version["id"]: version["marks"] for version in told["versions"]}
+    assert marks == {
+        "heart@1": [(1, "sealed"), (5, "changed")],
+        "heart@2": [(3, "sealed")],
+        "lung@1": [(2, "sealed")],
+    }
+    assert [(c["round"], c["about"], c["what"]) for c in told["changes"]] == [
+        (3, "heart@1", "superseded; it holds until 3 and answers as of earlier times"),
+        (4, "heart-1", "closed at 4, replaced by nothing"),
+        (
+            5,
+            "heart@1",
+            "heart@1 (analytic, router), 1 records of 3 sites left after a removal or a revision",
+        ),
+    ]
+
+
+def test_what_was_flagged_is_said_in_words():
+    assert "2 windows do not fit" in lineage.sentence("MISFIT", {"windows": 2})
+    assert "disagree with this label" in lineage.sentence("DOUBT", {"round": 2})
+    assert "records of round 1 arrived anew" in lineage.sentence("REVISE", {"round": 1})

@@ -28,6 +28,7 @@ SECTIONS = {
     "accuracy": ("windows", "matrix"),
     "comparison": ("comparison",),
     "freshness": ("metrics", "matrix"),
+    "lineage": ("lineage",),
     "traffic": ("windows",),
     "sites": ("sites",),
     "examples": ("examples",),
@@ -229,8 +230,8 @@ def test_every_table_has_a_caption_and_every_plot_a_label() -> None:
     tags = [tag for tag, _ in page.tags]
     plotted = [a for tag, a in page.tags if tag == "svg" and a.get("class") == "plot"]
     bars = [a for tag, a in page.tags if tag == "svg" and a.get("class") == "bar"]
-    assert tags.count("table") == tags.count("caption") == 5
-    assert len(plotted) == 3
+    assert tags.count("table") == tags.count("caption") == 7
+    assert len(plotted) == 4
     assert all(a.get("role") == "img" and len(a.get("aria-label") or "") > 40 for a in plotted)
     assert bars
     assert all(a.get("aria-hidden") == "true" for a in bars)
@@ -401,6 +402,21 @@ def test_reasons_for_missing_knowledge_are_told_in_words() -> None:
     assert "this reader's view does not hold it" in words
     assert "No site has taught the model about this." in words
     assert "not_held" not in words
+
+
+def test_the_lineage_draws_every_version_and_what_superseded_it() -> None:
+    page = render(FIXTURE)
+    words = Page(page).words()
+    assert "The bank holds 6 module versions, 5 of them current; 1 was superseded" in words
+    assert "superseded by icd10cm/chapter-10@2" in words
+    assert page.count('class="heir"') == 1
+    assert "12 records wait at their sites" in words
+    plain = [v for v in FIXTURE["lineage"]["versions"] if v["closed"] is None]
+    alone = doc(lineage={"rounds": 8, "versions": plain[:1], "changes": []})
+    assert "1 module version, 1 of them current." in Page(render(alone)).words()
+    assert "superseded" not in Page(render(alone)).words()
+    assert 'class="heir"' not in render(alone)
+    assert "waits or was flagged" not in render(alone)
 
 
 # --- plots ----------------------------------------------------------------------------------------
