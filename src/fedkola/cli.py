@@ -333,6 +333,9 @@ def predict(
         list[str] | None,
         typer.Option(help="Answer as a reader who holds only this scope; repeatable."),
     ] = None,
+    site: Annotated[
+        str, typer.Option(help="Answer as this site, with the modules that it may hold.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Answer texts with codes, their confidence, the coverage, and the date of the knowledge.
@@ -356,6 +359,7 @@ def predict(
             valid_at=valid_at,
             known_at=known_at,
             held=held or None,
+            site=site,
         )
     if as_json:
         answers = [{**asdict(a), "knowledge_missing": bool(a.missing)} for a in found]
@@ -601,6 +605,113 @@ def bank_forget(
         _print_json(forget.document(receipt))
         return
     _print_receipt(receipt)
+
+
+@bank.command(
+    "compact",
+    epilog=_examples(
+        "fedkola bank compact runs/demo",
+        "fedkola bank compact runs/demo --eps 0.05 --json",
+    ),
+)
+def bank_compact(
+    folder: Folder,
+    eps: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Relative error up to which LoRA modules may be fused."),
+    ] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Add cells up, which changes no answer, and fuse near or idle LoRA modules.
+
+    The error of fusing is known before it is made. Parts move to cold storage,
+    where removals and questions about the past find them.
+    """
+    from fedkola.evaluation import session as sessions
+
+    with _bank(folder) as opened:
+        before = _listing(opened)
+    session = sessions.resume(folder, cache=_features(folder))
+    with session.ledger:
+        sessions.compact(session, eps=eps)
+    with _bank(folder) as opened:
+        after = _listing(opened)
+    document = {"before": _sizes(before), "after": _sizes(after), "fused": after["fused"]}
+    if as_json:
+        _print_json(document)
+        return
+    _print_sizes(document)
+    for fused in after["fused"]:
+        print(f"fused: {', '.join(fused['modules'])}, relative error {fused['error']:.2%}")
+
+
+@bank.command(
+    "archive",
+    epilog=_examples(
+        "fedkola bank archive runs/demo",
+        "fedkola bank archive runs/demo --purge",
+    ),
+)
+def bank_archive(
+    folder: Folder,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Delete cold storage; the record of its cells stays.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Move cells that no present answer reads to cold storage, or give cold storage up.
+
+    After a purge the past within added-up cells cannot be asked any more, and a
+    removal that touches them asks their sites to sum their journals again.
+    """
+    from fedkola.evaluation import session as sessions
+
+    with _bank(folder) as opened:
+        before = _listing(opened)
+    session = sessions.resume(folder, cache=_features(folder))
+    with session.ledger:
+        sessions.archive(session, purge=purge)
+    with _bank(folder) as opened:
+        after = _listing(opened)
+    document = {"before": _sizes(before), "after": _sizes(after)}
+    if as_json:
+        _print_json(document)
+        return
+    _print_sizes(document)
+
+
+@bank.command(
+    "merge",
+    epilog=_examples(
+        "fedkola bank merge runs/east runs/west --into runs/both",
+        "fedkola bank merge runs/east runs/west --into runs/both --json",
+    ),
+)
+def bank_merge(
+    one: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
+    other: Annotated[Path, typer.Argument(metavar="B", help="Folder of another run.")],
+    into: Annotated[Path, typer.Option(help="A new folder for the merged run.")],
+    as_json: AsJson = False,
+) -> None:
+    """Merge the banks of two runs into a third; what one of them forgot stays forgotten.
+
+    Both need the same task, base model and recipes. A cell that both changed in
+    different ways is refused.
+    """
+    from fedkola.evaluation import merging
+    from fedkola.evaluation import session as sessions
+
+    state = merging.merge_runs(one, other, into)
+    session = sessions.resume(into, cache=_features(into))
+    with session.ledger:
+        sessions.publish(session, state)
+    with _bank(into) as opened:
+        document = _listing(opened)
+    if as_json:
+        _print_json(document)
+        return
+    _print_cells(document)
+    print(f"run folder: {into}")
 
 
 @bank.command(
@@ -1067,6 +1178,36 @@ def _print_cells(document: Mapping[str, Any]) -> None:
             f"cold: {len(document['cold'])} cells, {purged} of them purged, "
             f"{document['cold_bytes'] / 1e6:.1f} MB on disk"
         )
+
+
+def _sizes(document: Mapping[str, Any]) -> dict[str, Any]:
+    """How large a listed bank is, hot and cold."""
+    return {
+        "hot_cells": len(document["cells"]),
+        "hot_bytes": sum(cell["bytes"] for cell in document["cells"]),
+        "cold_cells": sum(cell["status"] == "archived" for cell in document["cold"]),
+        "cold_bytes": document["cold_bytes"],
+        "purged_cells": sum(cell["status"] == "purged" for cell in document["cold"]),
+        "slots": sum(module["slot"] is not None for module in document["modules"])
+        + len(document["fused"]),
+    }
+
+
+def _print_sizes(document: Mapping[str, Any]) -> None:
+    before, after = document["before"], document["after"]
+    _print_table(
+        "",
+        ("", "before", "after"),
+        [
+            ("hot cells", str(before["hot_cells"]), str(after["hot_cells"])),
+            ("hot MB", f"{before['hot_bytes'] / 1e6:.2f}", f"{after['hot_bytes'] / 1e6:.2f}"),
+            ("cold cells", str(before["cold_cells"]), str(after["cold_cells"])),
+            ("cold MB", f"{before['cold_bytes'] / 1e6:.2f}", f"{after['cold_bytes'] / 1e6:.2f}"),
+            ("purged cells", str(before["purged_cells"]), str(after["purged_cells"])),
+            ("slots taken", str(before["slots"]), str(after["slots"])),
+        ],
+        right=("before", "after"),
+    )
 
 
 def _print_lineage(document: Mapping[str, Any]) -> None:

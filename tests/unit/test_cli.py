@@ -54,7 +54,7 @@ def test_every_verb_has_examples_that_name_it():
     verbs = {f"fedkola {name}": verb for name, verb in group.commands.items() if name != "bank"}
     inner = group.commands["bank"].commands
     verbs |= {f"fedkola bank {name}": verb for name, verb in inner.items()}
-    assert len(verbs) == 13
+    assert len(verbs) == 16
     for name, verb in verbs.items():
         head, *lines = verb.epilog.split("\n\n")
         assert head == "Examples:"

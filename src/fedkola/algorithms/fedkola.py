@@ -36,6 +36,7 @@ from fedkola.algorithms.setting import rule as planned_rule
 from fedkola.errors import CohortTooSmall, ForgetIncomplete, Incompatible, KnowledgeError
 from fedkola.knowledge import (
     adaptation,
+    archive,
     basis,
     candidates,
     compact,
@@ -466,9 +467,15 @@ class FedKoLa:
         known_at: int | None = None,
         held: Sequence[str] | None = None,
     ) -> View:
-        """The model the bank stands for, as of a world time and a knowledge time."""
+        """The model the bank stands for, as of a world time and a knowledge time.
+
+        Cells that such a time reads apart come back from cold storage for it.
+        """
+        bank = state.bank
+        if self.cold is not None:
+            bank = archive.as_of(bank, self.cold, valid_at=valid_at, known_at=known_at, held=held)
         return views.compute(
-            state.bank,
+            bank,
             self._catalogue(),
             self.rule,
             now=state.number,

@@ -12,11 +12,20 @@ from typing import Any
 from fedkola import server
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
-from fedkola.errors import BasisMismatch, KnowledgeError, LedgerError, RunNotFound, UnknownCell
+from fedkola.errors import (
+    BasisMismatch,
+    KnowledgeError,
+    LedgerError,
+    RunNotFound,
+    UnknownCell,
+    UnknownName,
+)
 from fedkola.evaluation import answers, generative, scoring, story, tasks
 from fedkola.evaluation.answers import Answer
 from fedkola.evaluation.report import render
+from fedkola.knowledge import bank as banks
 from fedkola.knowledge import views
+from fedkola.knowledge.compact import Policy
 from fedkola.knowledge.forget import ForgetReceipt, Request
 from fedkola.knowledge.stream import Stream
 from fedkola.knowledge.views import View
@@ -139,10 +148,14 @@ def predict(
     valid_at: float | None = None,
     known_at: int | None = None,
     held: Sequence[str] | None = None,
+    site: str = "",
 ) -> tuple[Answer, ...]:
-    """Codes for texts, from the last committed state, as of a time and with the held modules."""
+    """Codes for texts, from the last committed state, as of a time and with the held modules.
+
+    ``site`` answers as that site may. Raises AccessRefused for a held module that it may not have.
+    """
     state, algorithm = _bank_state(session), _bank_algorithm(session)
-    modules = None if held is None else _modules(state, held)
+    modules = _held(session, state, held, site)
     view = algorithm.view(state, valid_at=valid_at, known_at=known_at, held=modules)
     whole = algorithm.view(state, valid_at=valid_at, known_at=known_at)
     names = session.federation.stream.windows
@@ -175,14 +188,32 @@ def view(
     return _bank_algorithm(session).view(state, valid_at=valid_at, known_at=known_at, held=modules)
 
 
+def compact(session: Session, *, eps: float) -> BankState:
+    """Add up what can be, and fuse LoRA modules within ``eps``; then write view and report anew."""
+    before = _bank_state(session)
+    knowledge = session.plan.knowledge
+    # As small as may be: one cell a group, and no slot more than eps demands.
+    policy = Policy(
+        hot_cells=1, recent=0, eps=eps, slots_max=knowledge.slots_max, spare=knowledge.slots_max
+    )
+    after = server.compact(session.federation, session.ledger, policy)
+    return _republished(session, before, after)
+
+
+def archive(session: Session, *, purge: bool) -> BankState:
+    """Move cells that no view of the present reads to cold storage; with ``purge`` give it up."""
+    before = _bank_state(session)
+    after = server.freeze_unused(session.federation, session.ledger)
+    if purge:
+        after = server.purge_archive(session.federation, session.ledger)
+    return _republished(session, before, after)
+
+
 def forget(session: Session, request: Request, *, recount: bool) -> ForgetReceipt:
     """Remove a site, a patient or a record, and write the view and the report anew."""
     _bank_algorithm(session)
     receipt = server.remove(session.federation, session.ledger, request, recount=recount)
-    state, _ = server.load_state(session.federation, session.ledger)
-    # Baselines are not run again; what they reached stays in the report.
-    kept = result(session) if (session.folder / "result.json").exists() else {}
-    publish(session, state, extra={key: kept[key] for key in ("comparison",) if key in kept})
+    _republish(session, server.load_state(session.federation, session.ledger)[0])
     return receipt
 
 
@@ -223,6 +254,18 @@ def export(session: Session, to: Path, *, modules: Sequence[str] = ()) -> Path:
 
 
 # --- private --------------------------------------------------------------------------------------
+
+
+def _republish(session: Session, state: BankState) -> None:
+    """Write view and report anew; baselines are not run again, what they reached stays."""
+    kept = result(session) if (session.folder / "result.json").exists() else {}
+    publish(session, state, extra={key: kept[key] for key in ("comparison",) if key in kept})
+
+
+def _republished(session: Session, before: BankState, after: BankState) -> BankState:
+    if after.bank != before.bank and (session.folder / "view").is_dir():
+        _republish(session, after)
+    return after
 
 
 def _same_run(plan: Plan, folder: Path) -> None:
@@ -271,6 +314,20 @@ def _modules(state: BankState, names: Sequence[str]) -> tuple[str, ...]:
             raise UnknownCell(f"no module {name!r}; this bank has {known}")
         found += match
     return tuple(found)
+
+
+def _held(
+    session: Session, state: BankState, names: Sequence[str] | None, site: str
+) -> tuple[str, ...] | None:
+    """The modules to answer with: those named, or all that a site may hold; None is every one."""
+    if site and site not in session.federation.sites:
+        raise UnknownName(f"no site {site!r}; this run has {sorted(session.federation.sites)}")
+    if names is None:
+        return banks.held(state.bank, site) if site else None
+    modules = _modules(state, names)
+    if site:
+        banks.demand_held(state.bank, site, modules)
+    return modules
 
 
 def _write(path: Path, text: str) -> None:

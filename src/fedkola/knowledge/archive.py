@@ -23,7 +23,9 @@ from fedkola.knowledge.bank import (
     KnowledgeCell,
     ModuleState,
     Status,
+    answers_then,
     content,
+    find_module,
     read_then,
 )
 from fedkola.knowledge.journal import settle
@@ -90,12 +92,20 @@ def thaw(bank: Bank, folder: Path, names: Collection[str]) -> Bank:
     return compact.take_out(bank, parts) if parts else bank
 
 
-def as_of(bank: Bank, folder: Path, *, valid_at: float | None, known_at: int | None) -> Bank:
-    """The bank with all cells apart that a view of that time does not read as a whole.
+def as_of(
+    bank: Bank,
+    folder: Path,
+    *,
+    valid_at: float | None,
+    known_at: int | None,
+    held: Collection[str] | None = None,
+) -> Bank:
+    """The bank with all cells apart that a view of that time, or of these held modules, does not
+    read as a whole.
 
     Raises KnowledgeError if one of them was purged: which rounds can still be asked is in it.
     """
-    if valid_at is None and known_at is None:
+    if valid_at is None and known_at is None and (held is None or not bank.fused):
         return bank
     cold = {about.id: about for about in bank.cold}
     parts = {cell.about.id: cell.about.sources for cell in bank.cells if cell.about.sources}
@@ -107,12 +117,17 @@ def as_of(bank: Bank, folder: Path, *, valid_at: float | None, known_at: int | N
         then = {n: read_then(cold[n], valid_at=valid_at, known_at=known_at) for n in names}
         if len(set(then.values())) > 1:
             wanted.update(name for name, read in then.items() if not read)
+    for fused in bank.fused:
+        if held is not None and 0 < len(set(held) & set(fused.modules)) < len(fused.modules):
+            wanted.update(fused.cells)
     # What was archived by itself is read again where its module answered then.
     inside = {name for names in parts.values() for name in names}
     wanted.update(
         about.id
         for about in bank.cold
-        if about.id not in inside and read_then(about, valid_at=valid_at, known_at=known_at)
+        if about.id not in inside
+        and answers_then(find_module(bank, about.module), valid_at=valid_at, known_at=known_at)
+        and read_then(about, valid_at=valid_at, known_at=known_at)
     )
     try:
         return thaw(bank, folder, wanted)

@@ -46,7 +46,7 @@ def write(store: Path, entry: Entry) -> None:
     """Keep an entry; the same round and scope again replaces it."""
     folder = store / "journal"
     folder.mkdir(parents=True, exist_ok=True)
-    path = _path(store, entry.round, entry.scope)
+    path = path_of(store, entry.round, entry.scope)
     about = {
         "round": str(entry.round),
         "scope": entry.scope,
@@ -72,9 +72,15 @@ def settle(draft: Path, path: Path) -> None:
             os.replace(draft, path)
 
 
+def path_of(store: Path, round: int, scope: str) -> Path:
+    """Where the entry of this round and scope is, or would be."""
+    name = hashlib.sha256(scope.encode()).hexdigest()[:16]
+    return store / "journal" / f"{round:06d}-{name}.safetensors"
+
+
 def read(store: Path, round: int, scope: str) -> Entry | None:
     """The entry of this round and scope, None if the site added nothing."""
-    path = _path(store, round, scope)
+    path = path_of(store, round, scope)
     return _load(path) if path.exists() else None
 
 
@@ -215,7 +221,7 @@ def delete(store: Path, gone: Mapping[Place, Collection[str]]) -> None:
 
 def _rewrite(store: Path, entry: Entry, rest: Entry) -> None:
     if len(rest) == 0:
-        _path(store, entry.round, entry.scope).unlink()
+        path_of(store, entry.round, entry.scope).unlink()
     elif len(rest) < len(entry):
         write(store, rest)
 
@@ -230,11 +236,6 @@ def _rows(entry: Entry, rows: Sequence[int]) -> Entry:
         windows=tuple(entry.windows[i] for i in rows),
         z=entry.z[torch.tensor(rows, dtype=torch.int64)],
     )
-
-
-def _path(store: Path, round: int, scope: str) -> Path:
-    name = hashlib.sha256(scope.encode()).hexdigest()[:16]
-    return store / "journal" / f"{round:06d}-{name}.safetensors"
 
 
 def _abouts(store: Path, *, before: int) -> list[dict[str, str]]:
