@@ -263,7 +263,8 @@ def _republish(session: Session, state: BankState) -> None:
 
 
 def _republished(session: Session, before: BankState, after: BankState) -> BankState:
-    if after.bank != before.bank and (session.folder / "view").is_dir():
+    changed = banks.metadata(after.bank) != banks.metadata(before.bank)
+    if changed and (session.folder / "view").is_dir():
         _republish(session, after)
     return after
 

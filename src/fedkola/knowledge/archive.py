@@ -45,7 +45,8 @@ def put(folder: Path, cells: Iterable[Cell]) -> None:
             continue
         folder.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".tmp")
-        words = {name: value.contiguous() for name, value in cell.total.words.items()}
+        # Copies: equal tensors that come from one file of the ledger share their memory.
+        words = {name: value.contiguous().clone() for name, value in cell.total.words.items()}
         about = {
             "grid": json.dumps(asdict(cell.total.grid)),
             "cohort": json.dumps(cell.total.cohort),

@@ -645,7 +645,7 @@ def _change(old: KnowledgeCell | None, new: KnowledgeCell) -> str:
         return {"revoked": "REVOKE", "archived": "ARCHIVE", "purged": "PURGE"}[new.status.value]
     if old is None or new.sources != old.sources:
         return "SUM" if new.sources else "SEAL"
-    if moved:
+    if moved and old.words == new.words:
         return "RESTORE"
     return "RATE" if replace(old, quality=new.quality) == new else "WITHDRAW"
 
