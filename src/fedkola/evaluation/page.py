@@ -302,6 +302,12 @@ def at_once(told: Told) -> Section | None:
                 f"One window or more after an answer changed, {shown(row)} still gave the old one "
                 f"to {plots.percent(late)} of the questions that it concerns."
             )
+    if all("as_it_arrives" in cell for cell in own.values()):
+        share = _mean(own, lambda cell: float(cell["as_it_arrives"]["share"]))
+        says.append(
+            f"Of all questions of all windows {shown(told.own)} had {plots.percent(share)} right "
+            "when they were asked."
+        )
     other = course(told.rows[told.best]) if told.best else None
     matched = _matched(over, other) if other else ()
     figure = Figure(
@@ -510,7 +516,8 @@ def compared(told: Told) -> Section | None:
         f"{shown(told.own)} against the others, with the difference of the means; for bytes and "
         "CPU time, what it takes"
     )
-    head = ("measure", "better than it", "no difference shown", "worse than it")
+    name = shown(told.own)
+    head = ("measure", f"better than {name}", "no difference shown", f"worse than {name}")
     return Section(
         id="against",
         head="Where it loses, and to whom",

@@ -261,7 +261,8 @@ def panels(
             if points := [(t, v) for t, v in enumerate(column) if v is not None]:
                 ends.append((points[-1], kind))
                 if len(points) == 1:
-                    parts.append(_disc(x(points[0][0]), y(points[0][1]), kind))
+                    shape = _disc if kind == "c1" else _diamond
+                    parts.append(shape(x(points[0][0]), y(points[0][1]), kind))
         seen = [(t, v) for t, row in enumerate(own) if (v := number(row[k])) is not None]
         if seen:
             parts.append(_ring(x(seen[0][0]), y(seen[0][1]), "c2"))
@@ -283,7 +284,7 @@ def heat(
     """R[t, k] as shaded numbers, one row a concept, one column a window; "" when it is empty.
 
     Shades darken (in the dark: lighten) over ``span``, so that the order survives without colour.
-    More than COLUMNS windows are averaged in groups, each named by its first and last window.
+    More than COLUMNS windows are averaged in groups, each named by its first window.
     """
     columns = grouped(matrix)
     if not any(number(cell) is not None for _, row in columns for cell in row):
@@ -291,9 +292,11 @@ def heat(
     left, right, top, tall = 236, WIDTH - 4, 34, 22
     width = (right - left) / len(columns)
     low, high = span
-    parts = [_text(left - 10, top - 10, "window", "tick end")]
+    size = math.ceil(len(matrix) / len(columns))
+    head = "window" if size == 1 else f"mean of {size} windows from"
+    parts = [_text(left - 10, top - 10, head, "tick end")]
     for at, (label, _) in enumerate(columns):
-        parts.append(_text(left + width * (at + 0.5), top - 10, label, "tick mid"))
+        parts.append(_text(left + width * (at + 0.5), top - 10, label.split(DASH)[0], "tick mid"))
     for k, name in enumerate(names):
         y = top + tall * k
         parts.append(_text(left - 10, y + 15, clip(name, 33), "name end"))
@@ -612,7 +615,7 @@ def _ends(
         at = [(middle - 6, *at[0][1:]), (middle + 6, *at[1][1:])]
     return [
         _text(x_, y_ + 4, text, f"small strong t{kind[1]}")
-        for y_, x_, text, kind in ((y_, x_ + 5, text, kind) for y_, x_, text, kind in at)
+        for y_, x_, text, kind in ((y_, x_ + 9, text, kind) for y_, x_, text, kind in at)
     ]
 
 

@@ -200,6 +200,12 @@ def test_stale_answers_are_told_where_they_were_counted():
     assert "old one" not in told(pair(*WIN), "at-once")
 
 
+def test_what_was_right_when_it_was_asked_is_told_where_it_was_counted():
+    asked = pair(*WIN, as_it_arrives={"share": 0.42, "right": 42, "asked": 100})
+    assert "FedKoLa had 42.0% right when they were asked." in told(asked, "at-once")
+    assert "when they were asked" not in told(pair(*WIN), "at-once")
+
+
 def test_losses_are_named_and_told_apart_from_a_harder_question():
     fell = told(pair(*WIN), "lost")
     assert "FedKoLa fell 5.0 points from its best on the average concept" in fell
@@ -347,6 +353,8 @@ def test_many_windows_are_averaged_in_named_groups():
     assert [name for name, _ in groups][:2] == [f"1{plots.DASH}3", f"4{plots.DASH}6"]
     assert len(groups) == 15
     assert groups[0][1] == [pytest.approx(0.1 / 3)]
+    drawn = plots.heat(["a"], [[0.1 * (t % 2)] for t in range(45)], span=(0.0, 0.1))
+    assert texts_of(drawn)[:3] == ["mean of 3 windows from", "1", "4"]
     assert plots.grouped([[0.5], [None]]) == [("1", [0.5]), ("2", [None])]
 
 
