@@ -96,7 +96,7 @@ def test_the_sign_matrix_is_the_one_this_page_was_worked_with():
 
 def test_the_vote_counts_holders_and_records_by_scope_and_label(tmp_path: Path):
     clients = joined(sites(tmp_path))
-    asked = algorithm()._ask_vote(1, State().bank, COHORT)
+    asked = algorithm()._ask_vote(1, State(), COHORT)
     votes = clients.sum(COHORT, asked)
     assert votes.words["holders"].tolist() == [3, 1]
     assert votes.words["records"].tolist() == [5, 1]

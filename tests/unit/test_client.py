@@ -8,6 +8,7 @@ import small_federation as small
 import torch
 
 from fedkola import wire
+from fedkola.algorithms.fedkola import State
 from fedkola.client import Site
 from fedkola.errors import DataError, StepFailed, UnknownCell
 from fedkola.knowledge import journal
@@ -24,7 +25,7 @@ def federation(tmp_path: Path) -> small.Federation:
 
 
 def vote(federation: small.Federation, round: int, cohort: tuple[str, ...] = COHORT) -> Broadcast:
-    asked = federation.algorithm._ask_vote(round, Bank(), cohort)
+    asked = federation.algorithm._ask_vote(round, State(), cohort)
     return replace(asked, cohort=cohort, seed=5, run="small")
 
 

@@ -17,6 +17,7 @@ stays hidden from whoever sees only sums. Sources: the module store of HPFL (She
 2025), analytic federated learning (He et al., AFL, CVPR 2025), Gram merge (LoRM, ICLR 2025).
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,15 +43,18 @@ from fedkola.knowledge import (
     compact,
     forget,
     journal,
+    novelty,
     router,
     statistics,
     upkeep,
     views,
+    windows,
 )
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.bank import Bank, Cell, CellKind, KnowledgeCell, Status
 from fedkola.knowledge.compact import Policy
 from fedkola.knowledge.journal import Place
+from fedkola.knowledge.novelty import Thresholds
 from fedkola.knowledge.views import Rule, View
 from fedkola.types import (
     Aggregate,
@@ -108,7 +112,12 @@ class Revision:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """The bank, its calibration, the scopes that wait for enough sites (scope -> records), and what
-    the last round revised."""
+    the last round revised.
+
+    ``learnt``, ``usual`` (scope -> labels that agreed, labels asked), ``misfits`` (scope -> windows
+    that do not fit it) and ``doubtful`` (labels) are what the sums of the last vote say of windows;
+    ``published`` names the view that sites hold.
+    """
 
     bank: Bank = field(default_factory=Bank)
     calibration: Calibration = field(default_factory=Calibration)
@@ -117,6 +126,11 @@ class State:
     revision: Revision = field(default_factory=Revision)
     base: Mapping[str, Tensor] = field(default_factory=dict)
     consolidated: int = 0
+    learnt: Thresholds = field(default_factory=Thresholds)
+    usual: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    misfits: Mapping[str, int] = field(default_factory=dict)
+    doubtful: tuple[str, ...] = ()
+    published: str = ""
 
     @property
     def weights(self) -> Weights:
@@ -125,7 +139,11 @@ class State:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
-    """One cell to fill: scope and label positions in the catalogue, and its place in the bank."""
+    """One cell to fill: scope and label positions in the catalogue, and its place in the bank.
+
+    ``against`` says that it is filled with what contradicts the version in force, which its module
+    supersedes.
+    """
 
     scope: str
     module: str
@@ -133,6 +151,7 @@ class Opening:
     slot: int
     labels: tuple[int, ...]
     records: int
+    against: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,42 +280,35 @@ class FedKoLa:
         """Cells to fill and scopes to park (scope -> records): a pure function of sums.
 
         A scope opens at k_min holders. Unless the data is declared public, each label row needs
-        k_min holders and ``label_floor`` records, and the cell the records floor of its kinds.
+        k_min holders and ``label_floor`` records, and the cell the records floor of its kinds. What
+        contradicts a module opens its next version by the same rules if more sites say so than
+        bring records that agree with it; those then wait for one round.
         """
-        labels, scopes = self._catalogue().labels, self._catalogue().scopes()
-        holders, records = votes.words["holders"].tolist(), votes.words["records"].tolist()
-        row_holders = votes.words["label_holders"].tolist()
-        row_records = votes.words["label_records"].tolist()
-        rows: dict[str, list[int]] = {scope: [] for scope in scopes}
-        for i, label in enumerate(labels):
-            enough = row_holders[i] >= self.k_min and row_records[i] >= self.label_floor
-            if row_records[i] > 0 and (self.public_reference or enough):
-                rows[label.scope].append(i)
         opened: list[Opening] = []
         parked: dict[str, int] = {}
-        modules = {scope: banks.module_of(bank, scope) for scope in scopes}
-        for index, scope in enumerate(scopes):
-            if records[index] == 0:
-                continue
-            total = sum(row_records[i] for i in rows[scope])
-            deep = total >= self.lora_floor
-            kinds = [kind for kind in self.kinds() if deep or kind is not CellKind.LORA]
-            if holders[index] < self.k_min or total < self.floor() or not kinds:
-                parked[scope] = records[index]
-                continue
-            if records[index] > total:
-                parked[scope] = records[index] - total
-            module = modules[scope]
+        for_it, against = self._counted(votes, ""), self._counted(votes, windows.AGAINST)
+        for index, scope in enumerate(self._catalogue().scopes()):
+            module = banks.module_of(bank, scope)
+            more = against.holders[index] > for_it.holders[index]
+            turns = module is not None and more and bool(against.kinds[index])
+            counted = against if turns else for_it
+            total = sum(counted.rows[index].values()) if counted.kinds[index] else 0
+            waiting = for_it.records[index] + against.records[index] - total
+            if waiting:
+                parked[scope] = waiting
+            newest = max((m.version for m in bank.modules if m.scope == scope), default=0)
+            held = module if module and not turns else None
             opened += [
                 Opening(
                     scope=scope,
-                    module=module.id if module else f"{scope}@1",
+                    module=held.id if held else f"{scope}@{newest + 1}",
                     kind=kind,
-                    slot=-1 if module is None or module.slot is None else module.slot,
-                    labels=tuple(rows[scope]),
+                    slot=held.slot if held and held.slot is not None else -1,
+                    labels=tuple(counted.rows[index]),
                     records=total,
+                    against=turns,
                 )
-                for kind in kinds
+                for kind in counted.kinds[index]
             ]
         return tuple(opened), parked
 
@@ -349,15 +361,21 @@ class FedKoLa:
             return state
         likelihood = torch.zeros(len(TEMPERATURES), dtype=torch.int64)
         histogram = torch.zeros(UNKNOWN_BINS, dtype=torch.int64)
-        records = 0
+        records, name = 0, ""
         for held, group in self._audiences(state.bank, cohort):
             document, tensors = views.to_tensors(self.view(state, held=held))
+            name = name or document["id"]
             about = torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
             asked = ask(
                 self,
                 "publish",
                 state.number,
-                {**tensors, "about": about, **adaptation.carried(self.factors)},
+                {
+                    **tensors,
+                    "about": about,
+                    "name": torch.tensor(list(name.encode()), dtype=torch.uint8),
+                    **adaptation.carried(self.factors),
+                },
                 word=64,
                 scale={"likelihood": 20, "unknown": 0},
             )
@@ -365,6 +383,7 @@ class FedKoLa:
             likelihood += answer.words["likelihood"]
             histogram += answer.words["unknown"]
             records += int(answer.words[wire.WEIGHT])
+        state = replace(state, published=name)
         if not records:
             return state
         low, high = UNKNOWN_RANGE
@@ -554,7 +573,18 @@ class FedKoLa:
             for round, scope in after.revision.places
             if after.number != before.number
         )
-        return revised + banks.events(before.bank, after.bank) + parked
+        misfits = tuple(
+            {"kind": "MISFIT", "subject": scope, "body": {"windows": num}}
+            for scope, num in after.misfits.items()
+            if before.misfits.get(scope) != num
+        )
+        doubts = tuple(
+            {"kind": "DOUBT", "subject": code, "body": {"round": after.number}}
+            for code in after.doubtful
+            if code not in before.doubtful
+        )
+        found = banks.events(before.bank, after.bank)
+        return revised + found + parked + misfits + doubts
 
     def kinds(self) -> tuple[CellKind, ...]:
         return tuple(kind for kind in CellKind if kind.value in self.lanes.split(","))
@@ -609,25 +639,27 @@ class FedKoLa:
         journal.mark(client.store, old, round=asked.round)
         places = _asked_places(asked, client.catalogue, "sealed")
         stale = torch.tensor([len(old.get(place, ())) for place in places], dtype=torch.int64)
-        labels, scopes = client.catalogue.labels, client.catalogue.scopes()
-        position = {label.code: i for i, label in enumerate(labels)}
-        place = {scope: i for i, scope in enumerate(scopes)}
-        rows = torch.zeros(len(labels), dtype=torch.int64)
-        for code in data.labels:
-            rows[position[code]] += 1
-        owner = torch.tensor([place[label.scope] for label in labels])
-        records = torch.zeros(len(scopes), dtype=torch.int64).index_add_(0, owner, rows)
+        known = windows.from_tensors(asked.tensors, client.catalogue.scopes())
+        history = journal.entries(client.store)
+        judged = windows.survey(
+            data,
+            partial(self._embedded, client, asked),
+            catalogue=client.catalogue,
+            known=known,
+            asking=windows.read_answers(client.store, known.view),
+            history=history,
+            revised=frozenset().union(*old.values()),
+        )
+        windows.remember(client.store, asked.round, judged)
         return Update(
             client=client.name,
             weight=len(data),
             tensors={
-                "holders": (records > 0).to(torch.int64),
-                "records": records,
-                "label_holders": (rows > 0).to(torch.int64),
-                "label_records": rows,
                 "stale_holders": (stale > 0).to(torch.int64),
                 "stale": stale,
                 "repeats": torch.tensor(client.knowledge.repeats(asked.round)),
+                **windows.ballot(data, judged, client.catalogue),
+                **windows.evidence(client.store, known, history, client.catalogue),
             },
         )
 
@@ -641,7 +673,9 @@ class FedKoLa:
         ((_, scope),) = _asked_places(asked, client.catalogue)
         codes = self._codes(client, asked)
         data = journal.pending(client.store, client.knowledge.until(asked.round), round=asked.round)
-        wanted = set(codes)
+        found = windows.findings(client.store, asked.round).get(scope)
+        asked_for = windows.CONFLICT if bool(asked.tensors["against"]) else windows.HIT
+        wanted = set(codes) if not found or found.decision == asked_for else set()
         mine = data.take([i for i, code in enumerate(data.labels) if code in wanted])
         entry = None
         if len(mine):
@@ -667,7 +701,10 @@ class FedKoLa:
         """
         _, tensors = adaptation.split(asked.tensors)
         document = json.loads(bytes(tensors.pop("about").numpy()))
+        name = bytes(tensors.pop("name").tolist()).decode()
         view = views.from_tensors(document, tensors)
+        if answers := windows.answers(view, self.level):
+            windows.keep_answers(client.store, replace(answers, view=name))
         data = self._shortened(client, asked)
         likelihood = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
         histogram = torch.zeros(UNKNOWN_BINS, dtype=torch.int64)
@@ -748,17 +785,62 @@ class FedKoLa:
             raise KnowledgeError("the server half needs the task's catalogue of labels")
         return self.catalogue
 
-    def _ask_vote(self, number: int, bank: Bank, cohort: Cohort) -> Broadcast:
+    def _counted(self, votes: Aggregate, prefix: str) -> "_Counted":
+        """Holders and records by scope, with the rows and the kinds of cells that may open."""
+        place = {scope: i for i, scope in enumerate(self._catalogue().scopes())}
+        holders, records, label_holders, label_records = (
+            votes.words[prefix + name].tolist() for name in windows.COUNTS
+        )
+        rows: list[dict[int, int]] = [{} for _ in place]
+        for i, label in enumerate(self._catalogue().labels):
+            enough = label_holders[i] >= self.k_min and label_records[i] >= self.label_floor
+            if label_records[i] > 0 and (self.public_reference or enough):
+                rows[place[label.scope]][i] = label_records[i]
+        kinds: list[tuple[CellKind, ...]] = []
+        for index, mine in enumerate(rows):
+            total = sum(mine.values())
+            open_ = holders[index] >= self.k_min and total >= self.floor()
+            deep = total >= self.lora_floor
+            allowed = [kind for kind in self.kinds() if deep or kind is not CellKind.LORA]
+            kinds.append(tuple(allowed) if open_ else ())
+        return _Counted(holders=holders, records=records, rows=rows, kinds=kinds)
+
+    def _ask_vote(self, number: int, state: State, cohort: Cohort) -> Broadcast:
         """Ask for counts, and tell which sums came about: a site may not know (see journal)."""
-        counted = ("holders", "records", "label_holders", "label_records")
-        counts = (*counted, "stale_holders", "stale", "repeats")
+        bank = state.bank
+        scopes = self._catalogue().scopes()
+        known = windows.known(
+            bank,
+            learnt=state.learnt,
+            usual=state.usual,
+            view=state.published,
+            scopes=scopes,
+            width=self.inputs,
+        )
         sealed = self._sealed(bank)
         members = [[site in of for site in cohort] for of in sealed.values()]
         tensors = {
             "sealed": torch.tensor(list(sealed), dtype=torch.int64).reshape(-1, 2),
             "members": torch.tensor(members, dtype=torch.bool).reshape(-1, len(cohort)),
+            **windows.to_tensors(known, scopes),
+            **adaptation.carried(self.factors),
         }
-        return ask(self, "vote", number, tensors, scale=dict.fromkeys(counts, 0))
+        scale = {**windows.SCALE, **dict.fromkeys(("stale_holders", "stale", "repeats"), 0)}
+        return ask(self, "vote", number, tensors, word=64, scale=scale)
+
+    def _heard(self, state: State, votes: Aggregate) -> State:
+        """The state with what these votes say of windows."""
+        scopes, codes = self._catalogue().scopes(), self._catalogue().codes()
+        real = wire.reals(votes)
+        right, asked = (votes.words[name].tolist() for name in (windows.RIGHT, windows.ASKED))
+        misfits = votes.words[windows.MISFITS].tolist()
+        return replace(
+            state,
+            learnt=novelty.learn(real),
+            usual={s: (r, a) for s, r, a in zip(scopes, right, asked, strict=True) if a},
+            misfits={scope: num for scope, num in zip(scopes, misfits, strict=True) if num},
+            doubtful=tuple(codes[i] for i in windows.doubtful(votes.words, k_min=self.k_min)),
+        )
 
     def _vote_and_fill(
         self, number: int, state: State, cohort: Cohort, clients: Clients
@@ -768,7 +850,8 @@ class FedKoLa:
         If a voter misses a fill, no sum of this vote is kept: the round votes again without it,
         so no cell is opened with fewer contributors than were counted.
         """
-        votes = clients.sum(cohort, self._ask_vote(number, state.bank, cohort))
+        vote = self._ask_vote(number, state, cohort)
+        votes = clients.sum(cohort, vote)
         if len(votes.cohort) < self.k_min:
             raise CohortTooSmall(
                 f"{len(votes.cohort)} sites voted, {self.k_min} are needed for any sum to be "
@@ -788,30 +871,50 @@ class FedKoLa:
         bank = banks.open_modules(
             bank, scopes, round=number, slots_max=self.slots_max, access=access
         )
+        for scope in dict.fromkeys(opening.scope for opening in opened if opening.against):
+            bank = banks.supersede(bank, scope, round=number, slots_max=self.slots_max)
         for opening in opened:
             module = banks.module_of(bank, opening.scope)
             assert module is not None
             slot = -1 if module.slot is None else module.slot
             opening = replace(opening, module=module.id, slot=slot)
             about = self._describe(number, opening, cohort)
-            bank, survivors = self._fill(bank, about, cohort, clients)
+            bank, survivors = self._fill(
+                bank, about, cohort, clients, vote=vote, against=opening.against
+            )
             if survivors != cohort:
                 return state, survivors
         pooled = self.pooling(number, bank, cohort)
         if pooled:
-            bank, survivors = self._fill(bank, pooled, cohort, clients)
+            bank, survivors = self._fill(bank, pooled, cohort, clients, vote=vote)
             if survivors != cohort:
                 return state, survivors
         after = replace(
             state, bank=self._retired(bank), parked=parked, number=number, revision=revision
         )
-        return after, cohort
+        return self._heard(after, votes), cohort
 
     def _fill(
-        self, bank: Bank, about: KnowledgeCell, cohort: Cohort, clients: Clients
+        self,
+        bank: Bank,
+        about: KnowledgeCell,
+        cohort: Cohort,
+        clients: Clients,
+        *,
+        vote: Broadcast,
+        against: bool = False,
     ) -> tuple[Bank, Cohort]:
-        """The bank with this cell sealed, if everybody answers; and who answered."""
-        total = clients.sum(cohort, self._about_cell("fill", about, self._places(bank, about)))
+        """The bank with this cell sealed, if everybody answers; and who answered.
+
+        The question names its ``vote``: a site that votes anew starts its journal of the round
+        over, so an answer that it kept from before must not stand for a new one.
+        """
+        places = self._places(bank, about)
+        asked = self._about_cell("fill", about, places, against=against)
+        name = hashlib.sha256(wire.pack_broadcast(vote)).digest()
+        tensors = {**asked.tensors, "vote": torch.tensor(list(name), dtype=torch.uint8)}
+        asked = replace(asked, tensors=tensors)
+        total = clients.sum(cohort, asked)
         if total.cohort != cohort:
             return bank, total.cohort
         sealed = replace(
@@ -1089,6 +1192,7 @@ class FedKoLa:
         *,
         loss: Loss | None = None,
         whole: Sequence[tuple[int, int]] = (),
+        against: bool = False,
     ) -> Broadcast:
         """Ask for one cell, the sum over ``places``: (round, scope) in a site's journal.
 
@@ -1119,6 +1223,7 @@ class FedKoLa:
             "part": torch.tensor(loss.places, dtype=torch.int64).reshape(-1, 2),
             "number": torch.tensor(loss.number),
             "labels": torch.tensor([position[c] for c in about.labels], dtype=torch.int64),
+            "against": torch.tensor(against),
             # Two removals from one cell are two questions, so the outbox keeps them apart.
             "request": torch.tensor(list(loss.request.encode()), dtype=torch.uint8),
         }
@@ -1289,6 +1394,17 @@ class FedKoLa:
         chosen = {ids[int(i)] for i in order}
         data = whole.take([i for i, record in enumerate(whole.records) if record in chosen])
         return replace(data, texts=tuple(_shorten(text, generator) for text in data.texts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counted:
+    """Summed votes by position of the scope: sites, records, records by label row that may open,
+    and the kinds of cells that may."""
+
+    holders: Sequence[int]
+    records: Sequence[int]
+    rows: Sequence[Mapping[int, int]]
+    kinds: Sequence[tuple[CellKind, ...]]
 
 
 def _records(bank: Bank, cell: str) -> int:

@@ -9,7 +9,7 @@ view before they were summed is kept by record, so that a removal takes it back.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,16 +19,33 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedkola.knowledge import journal, novelty
+from fedkola.knowledge.bank import Bank, CellKind, ModuleState
 from fedkola.knowledge.journal import Entry
 from fedkola.knowledge.novelty import Distance, Reference, Thresholds
+from fedkola.knowledge.router import Part
 from fedkola.knowledge.statistics import expand, pack, unpack
 from fedkola.knowledge.views import View
-from fedkola.types import Weights
+from fedkola.types import Catalogue, Dataset, Weights
 
 HIT, CONFLICT, STALE = "hit", "conflict", "stale"
 RECENT = 32
 """Windows, newest first, that a site reports on: thresholds follow how windows are today."""
 STALE_SHARE = 0.5
+USUAL_MIN = 30
+"""Labels asked before the usual share of a scope counts for anything."""
+AGAINST = "against_"
+MISFITS = "misfits"
+RIGHT, ASKED = "right", "asked"
+LABEL_WRONG, LABEL_ASKED, LABEL_ASKERS = "label_wrong", "label_asked", "label_askers"
+WRONG_BEFORE, ASKED_BEFORE = "label_wrong_before", "label_asked_before"
+COUNTS = ("holders", "records", "label_holders", "label_records")
+SCALE: Mapping[str, int] = {
+    **dict.fromkeys((*COUNTS, *(AGAINST + name for name in COUNTS)), 0),
+    **dict.fromkeys((MISFITS, RIGHT, ASKED, LABEL_WRONG, LABEL_ASKED, LABEL_ASKERS), 0),
+    **dict.fromkeys((WRONG_BEFORE, ASKED_BEFORE, novelty.WINDOWS, novelty.HISTOGRAM), 0),
+    novelty.EXCESS: novelty.EXCESS_BITS,
+}
+"""Fractional bits of everything a vote says of windows."""
 _KNOWN = "known."
 
 
@@ -90,6 +107,42 @@ class Finding:
 
 
 # --- what the vote carries down -------------------------------------------------------------------
+
+
+def known(
+    bank: Bank,
+    *,
+    learnt: Thresholds,
+    usual: Mapping[str, tuple[int, int]],
+    view: str,
+    scopes: Sequence[str],
+    width: int,
+) -> Known:
+    """What live router cells and the sums of earlier votes say; ``usual`` is right and asked.
+
+    A scope whose next version is open already has no version in force: its windows are not judged,
+    they belong to the next one.
+    """
+    in_force = {
+        m.id: m for m in bank.modules if m.state in (ModuleState.ACTIVE, ModuleState.COMPACTED)
+    }
+    turning = {m.scope for m in bank.modules if m.state is ModuleState.CANDIDATE}
+    parts = [
+        Part(module=c.about.module, labels=c.about.labels, words=c.total.words, weight=1.0)
+        for c in bank.cells
+        if c.about.kind is CellKind.ROUTER and c.about.module in in_force
+    ]
+    scoped = [c.about for c in bank.cells if c.about.kind is not CellKind.SCATTER]
+    return Known(
+        reference=novelty.reference(parts, width=width) if parts else None,
+        learnt=learnt,
+        versions={m.scope: m.version for m in in_force.values() if m.scope not in turning},
+        sealed={
+            (about.round, _scope(about.module)[0]): _scope(about.module)[1] for about in scoped
+        },
+        usual=torch.tensor([usual.get(scope, (0, 0)) for scope in scopes], dtype=torch.int64),
+        view=view,
+    )
 
 
 def to_tensors(known: Known, scopes: Sequence[str]) -> dict[str, Tensor]:
@@ -245,6 +298,115 @@ def judge(
         usual=usual,
     )
     return Judged(finding=finding, agreed=agreed)
+
+
+def survey(
+    data: Dataset,
+    embed: Callable[[Dataset], Tensor],
+    *,
+    catalogue: Catalogue,
+    known: Known,
+    asking: Answers | None,
+    history: Sequence[Entry],
+) -> tuple[tuple[Window, Judged], ...]:
+    """The waiting records of a site, one window by scope, each compared with what is known."""
+    scope = {label.code: label.scope for label in catalogue.labels}
+    nodes = {label.code: label.path[asking.level if asking else 0] for label in catalogue.labels}
+    found = []
+    for place, name in enumerate(catalogue.scopes()):
+        mine = data.take([i for i, code in enumerate(data.labels) if scope[code] == name])
+        if not len(mine):
+            continue
+        judged = known.reference is not None or asking is not None
+        window = Window(
+            scope=name,
+            records=mine.records,
+            nodes=tuple(nodes[code] for code in mine.labels),
+            z=embed(mine) if judged else torch.zeros(0, 0, dtype=torch.int16),
+        )
+        right, asked = known.usual[place].tolist()
+        answer = judge(
+            window,
+            known,
+            allowed={nodes[code] for code, owner in scope.items() if owner == name},
+            asking=asking,
+            earlier=node_means(superseded(known, history, name), nodes),
+            usual=right / asked if asked >= USUAL_MIN else 0.0,
+        )
+        found.append((window, answer))
+    return tuple(found)
+
+
+def ballot(
+    data: Dataset, judged: Sequence[tuple[Window, Judged]], catalogue: Catalogue
+) -> dict[str, Tensor]:
+    """What one site says of its windows, as addends: holders and records by scope and by label of
+    what it would sum, the same of what contradicts its module (``against_``), windows that do not
+    fit, and by label how often the view was asked and wrong. A stale window only waits."""
+    labels, scopes = catalogue.labels, catalogue.scopes()
+    position = {label.code: i for i, label in enumerate(labels)}
+    place = {scope: i for i, scope in enumerate(scopes)}
+    owner = torch.tensor([place[label.scope] for label in labels])
+    code = dict(zip(data.records, data.labels, strict=True))
+    rows = {choice: torch.zeros(len(labels), dtype=torch.int64) for choice in (HIT, CONFLICT)}
+    stale, misfits = (torch.zeros(len(scopes), dtype=torch.int64) for _ in range(2))
+    wrong, asked = (torch.zeros(len(labels), dtype=torch.int64) for _ in range(2))
+    for window, answer in judged:
+        finding = answer.finding
+        misfits[place[window.scope]] += finding.misfit
+        if finding.decision == STALE:
+            stale[place[window.scope]] += len(window.records)
+            continue
+        for record, agreed in zip(window.records, answer.agreed, strict=True):
+            row = position[code[record]]
+            rows[finding.decision][row] += 1
+            asked[row] += agreed is not None
+            wrong[row] += agreed is False
+    words: dict[str, Tensor] = {}
+    for choice, prefix in ((HIT, ""), (CONFLICT, AGAINST)):
+        records = torch.zeros(len(scopes), dtype=torch.int64).index_add_(0, owner, rows[choice])
+        words |= {
+            f"{prefix}holders": (records > 0).to(torch.int64),
+            f"{prefix}records": records,
+            f"{prefix}label_holders": (rows[choice] > 0).to(torch.int64),
+            f"{prefix}label_records": rows[choice],
+        }
+    words[f"{AGAINST}records"] = words[f"{AGAINST}records"] + stale
+    return words | {
+        MISFITS: misfits,
+        LABEL_WRONG: wrong,
+        LABEL_ASKED: asked,
+        LABEL_ASKERS: (asked > 0).to(torch.int64),
+    }
+
+
+def evidence(
+    store: Path, known: Known, history: Sequence[Entry], catalogue: Catalogue
+) -> dict[str, Tensor]:
+    """What one site's summed windows teach, as addends: their distances, and how often labels
+    agreed before they were summed, by scope and by label."""
+    labels, scopes = catalogue.labels, catalogue.scopes()
+    agreed = agreement(store, known, history)
+    before = wrong_before(store, history)
+    by_scope = torch.tensor([agreed.get(s, (0, 0)) for s in scopes], dtype=torch.int64)
+    by_label = torch.tensor([before.get(x.code, (0, 0)) for x in labels], dtype=torch.int64)
+    return {
+        **novelty.tally(accepted(known, history), known.learnt),
+        RIGHT: by_scope[:, 0].contiguous(),
+        ASKED: by_scope[:, 1].contiguous(),
+        WRONG_BEFORE: by_label[:, 0].contiguous(),
+        ASKED_BEFORE: by_label[:, 1].contiguous(),
+    }
+
+
+def doubtful(words: Weights, *, k_min: int) -> list[int]:
+    """Positions of labels that the summed votes flag: enough of their waiting records disagree,
+    and earlier ones did not (a label the view never got right has not changed its meaning)."""
+    flagged = novelty.doubtful(
+        words[LABEL_WRONG], words[LABEL_ASKED], words[LABEL_ASKERS], k_min=k_min
+    )
+    usual = 2 * words[WRONG_BEFORE] <= words[ASKED_BEFORE]
+    return [int(i) for i in torch.nonzero(flagged & usual).flatten()]
 
 
 def accepted(known: Known, history: Sequence[Entry]) -> tuple[Distance, ...]:

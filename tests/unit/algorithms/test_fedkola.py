@@ -13,6 +13,7 @@ from fedkola.evaluation import oneshot
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import journal
 from fedkola.knowledge.bank import Bank, CellKind
+from fedkola.knowledge.windows import AGAINST, COUNTS
 from fedkola.types import Aggregate, Grid
 
 FAST = 'knowledge.lanes=["analytic", "router"]'
@@ -30,6 +31,7 @@ def votes(rows: dict[str, tuple[int, int]], holders: dict[str, int]) -> Aggregat
         "label_records": label_records,
         "weight": label_records.sum(),
     }
+    words |= {AGAINST + name: torch.zeros_like(words[name]) for name in COUNTS}
     return Aggregate(cohort=small.SITES, words=words, grid=Grid(word=32, bits=32, scale={}))
 
 
