@@ -659,7 +659,7 @@ class FedKoLa:
                 "stale": stale,
                 "repeats": torch.tensor(client.knowledge.repeats(asked.round)),
                 **windows.ballot(data, judged, client.catalogue),
-                **windows.evidence(client.store, known, history, client.catalogue),
+                **windows.evidence(client.store, known, history, judged, client.catalogue),
             },
         )
 

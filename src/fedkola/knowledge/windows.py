@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedkola.knowledge import journal, novelty
-from fedkola.knowledge.bank import Bank, CellKind, ModuleState
+from fedkola.knowledge.bank import Bank, CellKind, ModuleState, origins
 from fedkola.knowledge.journal import Entry
 from fedkola.knowledge.novelty import Distance, Reference, Thresholds
 from fedkola.knowledge.router import Part
@@ -132,7 +132,7 @@ def known(
         for c in bank.cells
         if c.about.kind is CellKind.ROUTER and c.about.module in in_force
     ]
-    scoped = [c.about for c in bank.cells if c.about.kind is not CellKind.SCATTER]
+    scoped = [about for about in origins(bank) if about.kind is not CellKind.SCATTER]
     return Known(
         reference=novelty.reference(parts, width=width) if parts else None,
         learnt=learnt,
@@ -207,7 +207,7 @@ def from_tensors(tensors: Weights, scopes: Sequence[str]) -> Known:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
     """The waiting records of one scope at one site, embedded: z int16 (n, d). ``nodes`` names
-    each record's label at the level that the view is asked on."""
+    each record's label at the level that the view is asked on, "" where it is not asked."""
 
     scope: str
     records: tuple[str, ...]
@@ -308,8 +308,13 @@ def survey(
     known: Known,
     asking: Answers | None,
     history: Sequence[Entry],
+    revised: Collection[str] = (),
 ) -> tuple[tuple[Window, Judged], ...]:
-    """The waiting records of a site, one window by scope, each compared with what is known."""
+    """The waiting records of a site, one window by scope, each compared with what is known.
+
+    The labels of records ``revised`` by their own site are no evidence against the view, which
+    still holds their older versions.
+    """
     scope = {label.code: label.scope for label in catalogue.labels}
     nodes = {label.code: label.path[asking.level if asking else 0] for label in catalogue.labels}
     found = []
@@ -321,7 +326,10 @@ def survey(
         window = Window(
             scope=name,
             records=mine.records,
-            nodes=tuple(nodes[code] for code in mine.labels),
+            nodes=tuple(
+                "" if record in revised else nodes[code]
+                for record, code in zip(mine.records, mine.labels, strict=True)
+            ),
             z=embed(mine) if judged else torch.zeros(0, 0, dtype=torch.int16),
         )
         right, asked = known.usual[place].tolist()
@@ -381,12 +389,21 @@ def ballot(
 
 
 def evidence(
-    store: Path, known: Known, history: Sequence[Entry], catalogue: Catalogue
+    store: Path,
+    known: Known,
+    history: Sequence[Entry],
+    judged: Sequence[tuple[Window, Judged]],
+    catalogue: Catalogue,
 ) -> dict[str, Tensor]:
-    """What one site's summed windows teach, as addends: their distances, and how often labels
-    agreed before they were summed, by scope and by label."""
+    """What one site's windows teach, as addends: distances of those that are summed, and how often
+    labels agreed before they were summed, by scope (waiting hits included) and by label."""
     labels, scopes = catalogue.labels, catalogue.scopes()
     agreed = agreement(store, known, history)
+    for window, answer in judged:
+        finding = answer.finding
+        if finding.decision == HIT:
+            right, asked = agreed.get(window.scope, (0, 0))
+            agreed[window.scope] = (right + finding.right, asked + finding.asked)
     before = wrong_before(store, history)
     by_scope = torch.tensor([agreed.get(s, (0, 0)) for s in scopes], dtype=torch.int64)
     by_label = torch.tensor([before.get(x.code, (0, 0)) for x in labels], dtype=torch.int64)
