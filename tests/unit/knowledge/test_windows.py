@@ -13,6 +13,7 @@ from fedkola.knowledge.novelty import Thresholds
 from fedkola.knowledge.router import Part
 from fedkola.knowledge.views import Rule
 from fedkola.knowledge.windows import CONFLICT, HIT, STALE, Finding, Known, Window
+from fedkola.types import Dataset
 
 LABELS = {"heart-1": "heart", "heart-2": "heart", "lung-1": "lung", "lung-2": "lung"}
 SCOPES = ("heart", "lung")
@@ -61,6 +62,7 @@ def entry(round: int, scope: str, codes: list[str], *, seed: int = 1) -> Entry:
         records=tuple(f"{round}-{i}" for i in range(len(codes))),
         patients=tuple("p" for _ in codes),
         labels=tuple(codes),
+        windows=(round,) * len(codes),
         z=embeddings(codes, seed=seed),
     )
 
@@ -151,6 +153,28 @@ def test_a_laggard_that_repeats_its_own_superseded_labels_waits_instead_of_contr
     assert "superseded" in judged.finding.note
 
 
+def test_records_that_their_own_site_revised_do_not_contradict():
+    codes = CODES["heart"] * 20
+    data = Dataset(
+        records=tuple(f"r{i}" for i in range(40)),
+        texts=("",) * 40,
+        labels=tuple(SWAPPED[code] for code in codes),
+        patients=("p",) * 40,
+        windows=(3,) * 40,
+    )
+    for revised, asked, decision in (((), 40, CONFLICT), (data.records, 0, HIT)):
+        ((_, judged),) = windows.survey(
+            data,
+            lambda some: embeddings(codes, seed=5),
+            catalogue=catalogue(LABELS),
+            known=known(),
+            asking=asking(),
+            history=(),
+            revised=revised,
+        )
+        assert (judged.finding.asked, judged.finding.decision) == (asked, decision)
+
+
 def test_only_a_site_that_gave_the_present_version_nothing_can_be_a_laggard():
     first, second = entry(1, "lung", ["lung-1"]), entry(2, "lung", ["lung-1"])
     assert windows.superseded(known(), [first], "lung") == (first,)
@@ -188,6 +212,7 @@ def test_agreement_is_counted_by_record_so_that_a_removal_takes_it_back(tmp_path
         records=asked.records,
         patients=("p",) * 40,
         labels=asked.nodes,
+        windows=(1,) * 40,
         z=asked.z,
     )
     right, wrong = (
