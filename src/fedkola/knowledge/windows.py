@@ -121,16 +121,18 @@ def known(
     """What live router cells and the sums of earlier votes say; ``usual`` is right and asked.
 
     A scope whose next version is open already has no version in force: its windows are not judged,
-    they belong to the next one.
+    they belong to the next one. Modules that not every site may hold lend no means: the question
+    goes to all.
     """
     in_force = {
         m.id: m for m in bank.modules if m.state in (ModuleState.ACTIVE, ModuleState.COMPACTED)
     }
     turning = {m.scope for m in bank.modules if m.state is ModuleState.CANDIDATE}
+    open_to_all = {name for name, module in in_force.items() if not module.access}
     parts = [
         Part(module=c.about.module, labels=c.about.labels, words=c.total.words, weight=1.0)
         for c in bank.cells
-        if c.about.kind is CellKind.ROUTER and c.about.module in in_force
+        if c.about.kind is CellKind.ROUTER and c.about.module in open_to_all
     ]
     scoped = [about for about in origins(bank) if about.kind is not CellKind.SCATTER]
     return Known(
