@@ -21,7 +21,7 @@ from torch import Tensor
 from fedkola import wire
 from fedkola.algorithms import rebuild
 from fedkola.errors import DataError, FedKolaError, UnknownCell, UnknownName
-from fedkola.knowledge import forget, journal
+from fedkola.knowledge import forget, journal, windows
 from fedkola.knowledge.journal import Place
 from fedkola.knowledge.stream import Records
 from fedkola.training import evaluate, features, fit
@@ -246,6 +246,7 @@ class Site:
         """Delete what the site kept about removed records, after the bank has changed."""
         forget.settle(self.store, *requests, batch=batch)
         kept = set(self._kept())
+        windows.retain(self.store, records={self._data.records[i] for i in kept})
         gone = [text for i, text in enumerate(self._data.questions) if i not in kept]
         self._trainer.cache.forget(gone)
         self._drop_outbox()

@@ -540,19 +540,22 @@ def wrong_before(store: Path, history: Sequence[Entry]) -> dict[str, tuple[int, 
     return found
 
 
-def delete(store: Path, *, records: Collection[str]) -> None:
-    """Drop records from every finding; part of the last step of a removal."""
-    gone = frozenset(records)
+def retain(store: Path, *, records: Collection[str]) -> None:
+    """Name no other records in any finding; part of the last step of a removal.
+
+    Records that only waited are dropped too. What was counted stays at the site.
+    """
+    kept = frozenset(records)
     for path in sorted((store / "findings").glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
         held = [
             record for row in document["windows"] for record in row["agreed"] + row["disagreed"]
         ]
-        if gone.isdisjoint(held):
+        if kept.issuperset(held):
             continue
         for row in document["windows"]:
             for name in ("agreed", "disagreed"):
-                row[name] = [record for record in row[name] if record not in gone]
+                row[name] = [record for record in row[name] if record in kept]
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(document, indent=1), encoding="utf-8")
         journal.settle(draft, path)

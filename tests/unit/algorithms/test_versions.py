@@ -197,4 +197,6 @@ def test_a_site_leaves_every_version_it_is_in(tmp_path: Path):
     sites = {site: records(site, ALL[site]) for site in small.SITES if site != "west"}
     never = small.run(small.assemble(tmp_path / "never", FAST, sites=sites, rounds=4))
     assert small.cells(state) == small.cells(never)
+    kept = "".join(path.read_text() for path in (fed.sites["west"].store / "findings").iterdir())
+    assert "west-" not in kept
     assert banks.module_of(state.bank, "heart") is not None
