@@ -244,7 +244,7 @@ def panels(
         def y(v: float, y0: float = y0) -> float:
             return y0 + tall * (1 - v / high)
 
-        parts.append(_text(x0, y0 - 8, clip(name, 27), "name strong"))
+        parts.append(_text(x0, y0 - 8, clip(name, 24), "small strong"))
         for v in (0.0, high / 2, high):
             parts.append(_line(x0, y(v), x0 + width, y(v), "axis" if v == 0 else "grid"))
         if k % ACROSS == 0:
