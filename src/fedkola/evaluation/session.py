@@ -20,13 +20,14 @@ from fedkola.errors import (
     UnknownCell,
     UnknownName,
 )
-from fedkola.evaluation import answers, generative, scoring, story, tasks
+from fedkola.evaluation import answers, generative, receipts, scoring, story, tasks
 from fedkola.evaluation.answers import Answer
+from fedkola.evaluation.receipts import Finding
 from fedkola.evaluation.report import render
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import views
 from fedkola.knowledge.compact import Policy
-from fedkola.knowledge.forget import ForgetReceipt, Request
+from fedkola.knowledge.forget import ForgetReceipt, Request, Waiting
 from fedkola.knowledge.stream import Stream
 from fedkola.knowledge.views import View
 from fedkola.ledger import Ledger
@@ -209,12 +210,49 @@ def archive(session: Session, *, purge: bool) -> BankState:
     return _republished(session, before, after)
 
 
-def forget(session: Session, request: Request, *, recount: bool) -> ForgetReceipt:
-    """Remove a site, a patient or a record, and write the view and the report anew."""
+def forget(
+    session: Session,
+    request: Request,
+    *,
+    recount: bool = False,
+    now: bool = False,
+    absent: bool = False,
+) -> ForgetReceipt | Waiting:
+    """Accept a removal, carry it out where it need not wait, and write view and report anew.
+
+    ``now`` carries it out whatever two states of the bank then show, ``absent`` without the site.
+    Raises KnowledgeError for ``absent`` or ``recount`` without ``now``, unless the data is public:
+    both show the difference of two sums.
+    """
     _bank_algorithm(session)
-    receipt = server.remove(session.federation, session.ledger, request, recount=recount)
-    _republish(session, server.load_state(session.federation, session.ledger)[0])
-    return receipt
+    federation, ledger = session.federation, session.ledger
+    public = session.plan.knowledge.public_reference
+    if (recount or absent) and not (now or public):
+        raise KnowledgeError(
+            "--recount and --absent show the difference of two sums over other sites, and this "
+            "data is not declared public; give --now as well to accept that"
+        )
+    if now or public:
+        found = server.remove(federation, ledger, request, recount=recount, absent=absent)
+    else:
+        waits = server.request_removal(federation, ledger, request)
+        if isinstance(waits, Waiting):
+            return waits
+        found = waits
+    _republish(session, server.load_state(federation, ledger)[0])
+    return found
+
+
+def verify(session: Session, receipt: ForgetReceipt) -> tuple[Finding, ...]:
+    """Every hash of a receipt, recomputed; the view's too, if nothing has changed since."""
+    name = session.plan.run.name
+    found = receipts.verify(session.ledger, name, receipt)
+    if not receipts.last_word(session.ledger, name, receipt):
+        return found
+    state, _ = server.load_state(session.federation, session.ledger)
+    now = _bank_algorithm(session).view(state).id if state.bank.cells else ""
+    same = now == receipt.view_after
+    return (*found, Finding(what="view", holds=same, how="computed from the integers on disk"))
 
 
 def export(session: Session, to: Path, *, modules: Sequence[str] = ()) -> Path:

@@ -384,7 +384,7 @@ def receipt_from(document: Mapping[str, Any]) -> ForgetReceipt:
     )
 
 
-def summary(cells: Sequence[CellOutcome]) -> str:
+def summary(cells: Sequence[CellOutcome] | Sequence[Foreseen]) -> str:
     """For example "9 cells: 6 E0, 3 E1"."""
     counts = {name: sum(c.outcome == name for c in cells) for name in CLASSES}
     parts = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
