@@ -865,8 +865,7 @@ class FedKoLa:
         opened, parked = self.openings(votes, bank)
         scopes = tuple(dict.fromkeys(opening.scope for opening in opened))
         deep = [opening.scope for opening in opened if opening.kind is CellKind.LORA]
-        collect = partial(self._collect, bank, cohort, clients)
-        bank = upkeep.dissolved(bank, self.cold, collect, scopes=deep)
+        bank = self._parted(number, bank, cohort, clients, scopes=deep)
         access = self._readers(scopes, clients.roster())
         bank = banks.open_modules(
             bank, scopes, round=number, slots_max=self.slots_max, access=access
@@ -1132,11 +1131,32 @@ class FedKoLa:
             if about.kind is not CellKind.SCATTER and lost & set(compact.needed(bank, [about.id]))
         }
 
+    def _parted(
+        self,
+        number: int,
+        bank: Bank,
+        cohort: Cohort,
+        clients: Clients,
+        *,
+        scopes: Sequence[str] = (),
+    ) -> Bank:
+        """The bank without closed modules, and modules of these scopes, in fused adapters."""
+        return upkeep.parted(
+            bank,
+            self.policy,
+            self.cold,
+            partial(self._collect, bank, cohort, clients),
+            now=number,
+            rule=self.rule,
+            targets=self.targets,
+            scopes=scopes,
+        )
+
     def _tidied(self, number: int, bank: Bank, cohort: Cohort, clients: Clients) -> Bank:
         """The bank within its bounds; without a folder for cold cells it only grows."""
         if self.cold is None:
             return bank
-        bank = upkeep.dissolved(bank, self.cold, partial(self._collect, bank, cohort, clients))
+        bank = self._parted(number, bank, cohort, clients)
         return upkeep.tidy(
             bank, self.policy, self.cold, now=number, rule=self.rule, targets=self.targets
         )

@@ -1,16 +1,19 @@
 """Keeping the hot bank small between rounds, and getting back what a change needs.
 
-After every round ``tidy`` adds cells up once there are too many, and fuses near or idle LoRA
-modules once slots run short. Before a removal or a revision ``touch`` brings the cells concerned
-back: from cold storage, or, where that was purged, by asking the sites that filled a cell to sum
-their journals once more and comparing the hash. What was touched is made small again by the next
-``tidy``. Sites never learn of any of this: they are asked about cells as they were sealed.
+After every round ``tidy`` adds cells up once there are too many, and, once slots run short, fuses
+LoRA modules that have fallen silent and are near each other or idle for a half-life. Before a
+removal or a revision ``touch`` brings the cells concerned back: from cold storage, or, where that
+was purged, by asking the sites that filled a cell to sum their journals once more and comparing the
+hash. ``parted`` takes a module out of a fused adapter when its scope speaks again. What was touched
+is made small again by the next ``tidy``. Sites never learn of any of this: they are asked about
+cells as they were sealed.
 """
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fedkola.knowledge import archive, compact, views
 from fedkola.knowledge.bank import (
@@ -75,16 +78,40 @@ def touch(bank: Bank, names: Collection[str], folder: Path | None, collect: Coll
     return compact.take_out(bank, parts) if parts else bank
 
 
-def dissolved(
-    bank: Bank, folder: Path | None, collect: Collect, *, scopes: Collection[str] = ()
+def parted(
+    bank: Bank,
+    policy: Policy,
+    folder: Path | None,
+    collect: Collect,
+    *,
+    now: int,
+    rule: Rule,
+    targets: Mapping[str, tuple[int, int]],
+    scopes: Collection[str] = (),
 ) -> Bank:
-    """The bank without fused adapters of which a module was superseded or retired, or is of one of
-    these scopes, which new cells are to come to."""
+    """The bank with modules taken out of their fused adapters that answer for themselves again:
+    those that were superseded or retired, and those of these scopes, which new cells are to come
+    to. What they leave behind is fused again, if the error allows it.
+    """
     apart = {
         m.id for m in bank.modules if m.state is not ModuleState.COMPACTED or m.scope in scopes
     }
-    stale = [n for fused in bank.fused if apart & set(fused.modules) for n in fused.cells]
-    return touch(bank, stale, folder, collect)
+    for fused in bank.fused:
+        if not apart & set(fused.modules):
+            continue
+        bank = touch(bank, fused.cells, folder, collect)
+        rest = tuple(name for name in fused.modules if name not in apart)
+        if len(rest) > 1 and folder is not None:
+            adapters, records = _adapters(bank, now=now, rule=rule, targets=targets)
+            chosen = [adapters[name] for name in rest]
+            rank = _rank(bank)
+            weights = compact.shares(records, rest)
+            if compact.predicted(chosen, weights, rank=rank) <= policy.eps:
+                bank, gone = compact.fuse_modules(
+                    bank, adapters, records, rest, rank=rank, round=now
+                )
+                archive.put(folder, gone)
+    return bank
 
 
 # --- private --------------------------------------------------------------------------------------
@@ -108,13 +135,7 @@ def _fuse(
     error is always that against the modules themselves."""
     old = [fused.modules for fused in bank.fused]
     bank = archive.thaw(bank, folder, [name for fused in bank.fused for name in fused.cells])
-    cells = of_kind(bank, CellKind.LORA)
-    weights = {c.about.id: weight(bank, c, now=now, half_life=rule.half_life) for c in cells}
-    adapters = views.adapters(cells, rule, weights, targets)
-    records = {
-        module: sum(c.about.records for c in cells if c.about.module == module)
-        for module in adapters
-    }
+    adapters, records = _adapters(bank, now=now, rule=rule, targets=targets)
     modules = {m.id: m for m in bank.modules if m.id in adapters and m.closed is None}
     start: list[Group] = [tuple(n for n in group if n in modules) for group in old]
     start = [group for group in start if group]
@@ -122,14 +143,15 @@ def _fuse(
     start += [(name,) for name in modules if name not in grouped]
     if not start:
         return bank
-    rank = int(cells[0].about.recipe["rank"] or 0)
-    close = _near(bank)
+    rank, close = _rank(bank), _near(bank)
     newest = {m: max(c.about.round for c in bank.cells if c.about.module == m) for m in modules}
 
     def alike(one: str, other: str) -> bool:
         a, b = modules[one], modules[other]
+        silent = all(now - newest[m.id] >= policy.recent for m in (a, b))
         idle = all(_idle(m, newest[m.id], rule, now) for m in (a, b))
-        return a.access == b.access and (idle or frozenset((one, other)) in close)
+        near = frozenset((one, other)) in close
+        return silent and a.access == b.access and (idle or near)
 
     # Taken apart, the old groups hold a slot for every module again.
     others = {m.slot for m in bank.modules if m.id not in modules} - {None}
@@ -148,6 +170,24 @@ def _fuse(
             bank, gone = compact.fuse_modules(bank, adapters, records, group, rank=rank, round=now)
             archive.put(folder, gone)
     return bank
+
+
+def _adapters(
+    bank: Bank, *, now: int, rule: Rule, targets: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, int]]:
+    """Every module's own adapter and the records behind it, from live LoRA cells."""
+    cells = of_kind(bank, CellKind.LORA)
+    weights = {c.about.id: weight(bank, c, now=now, half_life=rule.half_life) for c in cells}
+    adapters = views.adapters(cells, rule, weights, targets)
+    records = dict.fromkeys(adapters, 0)
+    for cell in cells:
+        records[cell.about.module] += cell.about.records
+    return adapters, records
+
+
+def _rank(bank: Bank) -> int:
+    """The rank of the modules' adapters, which fused ones keep."""
+    return int(of_kind(bank, CellKind.LORA)[0].about.recipe["rank"] or 0)
 
 
 def _idle(module: KnowledgeModule, newest: int, rule: Rule, now: int) -> bool:
