@@ -420,11 +420,12 @@ def evidence(
 
 def doubtful(words: Weights, *, k_min: int) -> list[int]:
     """Positions of labels that the summed votes flag: enough of their waiting records disagree,
-    and earlier ones did not (a label the view never got right has not changed its meaning)."""
+    and most earlier ones did not: a label that the view was never asked about, or never got right,
+    has not been seen to change its meaning."""
     flagged = novelty.doubtful(
         words[LABEL_WRONG], words[LABEL_ASKED], words[LABEL_ASKERS], k_min=k_min
     )
-    usual = 2 * words[WRONG_BEFORE] <= words[ASKED_BEFORE]
+    usual = 2 * words[WRONG_BEFORE] < words[ASKED_BEFORE]
     return [int(i) for i in torch.nonzero(flagged & usual).flatten()]
 
 

@@ -249,3 +249,15 @@ def test_a_kept_view_is_used_for_the_view_it_is_and_no_other(tmp_path):
     assert windows.read_answers(tmp_path, "") is None
     (tmp_path / "view.safetensors").write_bytes(b"cut off")
     assert windows.read_answers(tmp_path, found.view) is None
+
+
+def test_a_label_is_doubted_only_if_it_used_to_agree():
+    words = {
+        windows.LABEL_WRONG: torch.tensor([20, 20, 20, 20]),
+        windows.LABEL_ASKED: torch.tensor([20, 20, 20, 20]),
+        windows.LABEL_ASKERS: torch.tensor([3, 3, 3, 2]),
+        # In turn: mostly right before; never asked before; as often wrong as right; two holders.
+        windows.WRONG_BEFORE: torch.tensor([4, 0, 5, 0]),
+        windows.ASKED_BEFORE: torch.tensor([10, 0, 10, 10]),
+    }
+    assert windows.doubtful(words, k_min=3) == [0]
