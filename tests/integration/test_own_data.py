@@ -208,19 +208,24 @@ def test_the_exported_bank_gives_the_same_states_through_stock_peft(
 def test_under_the_real_floors_what_is_too_little_waits_and_is_reported(
     fedkola: Fedkola, data: Path, tmp_path: Path
 ) -> None:
-    """Labels arrive one after the other; alone each is too little, two together open."""
+    """Labels arrive one after the other; a router needs as many records as an embedding is wide,
+    so that four of them wait and five together open."""
     home = tmp_path / "home"
     folder_with(ABSTRACTS, data / "medical_abstracts" / "test_split.jsonl.gz", home)
-    done = fedkola("run", home / "plan.toml", "--set", f"run.folder={home}", "--json").json
+    words = ("run", home / "plan.toml", "--set", f"run.folder={home}", "--json")
+    early = fedkola(*words, "--set", "run.name=early", "--set", "run.rounds=4").json
+    assert early["parked"] == {"test_split": 320}
+    parked = fedkola("bank", "ls", home / "early").out
+    assert "parked: test_split: 320 records" in parked
+    done = fedkola(*words).json
     bank = fedkola("bank", "ls", home / "abstracts", "--json").json
     cells = [cell for cell in bank["cells"] if cell["kind"] == "analytic"]
-    assert {cell["round"]: cell["records"] for cell in cells} == {2: 160, 4: 160}
+    assert {cell["round"]: cell["records"] for cell in cells} == {5: 400}
     assert all(cell["records"] >= FLOOR and cell["contributors"] == 4 for cell in cells)
-    assert bank["parked"] == done["parked"] == {"test_split": 80}
+    assert bank["parked"] == done["parked"] == {}
     shown = fedkola("bank", "show", home / "abstracts", "test_split", "--json").json
-    assert shown["parked"] == 80
-    assert [event["kind"] for event in shown["history"]].count("SEAL") == 4
+    assert shown["parked"] == 0
+    # Its label rows and its router; the Gram belongs to no scope.
+    assert [event["kind"] for event in shown["history"]].count("SEAL") == 2
     assert any("per_label" in notice for notice in done["notices"])
     assert done["rounds"][-1]["metrics"]["nodes"] == 5
-    parked = fedkola("bank", "ls", home / "abstracts").out
-    assert "parked: test_split: 80 records" in parked

@@ -5,8 +5,8 @@ server:  head <- mean frozen embedding of every node                      lesson
          bank <- empty; vote and fill under (frozen, adapted)             consolidation
 client:  grad_k of cross-entropy on a share of its records, half of them shortened
 
-Sums of gradients are those of one site with all records, whatever labels a site holds. Local steps
-that are averaged are not: with specialties as sites, all texts end up alike (docs/decisions/0006).
+Sums of gradients are those of one site with all records, whatever labels a site holds. Averaged
+local steps are not: with specialties as sites, texts become alike (docs/decisions/0006).
 Consolidation comes when the records have grown by ``adapt_share`` since the last one. The adapter
 always starts anew and learns from everything that sites hold by then, so it does not depend on
 older ones; every site sums its records anew under it, which is exact. A site that is away sums its

@@ -290,7 +290,7 @@ def _has(cell: Found, of: Callable[[Found], float]) -> bool:
 
 def _watched(test: Dataset, share: float) -> Dataset:
     """The part of the test that is asked after every window; at the end all of it is."""
-    kept = [i for i, text in enumerate(test.texts) if hash_share(f"watched {text}") < share]
+    kept = [i for i, text in enumerate(test.questions) if hash_share(f"watched {text}") < share]
     return test.take(kept)
 
 
@@ -325,6 +325,10 @@ def _over_time(rounds: Sequence[Mapping[str, float]]) -> Found:
         "stream": metrics.stream_average(r),
         "lags": metrics.freshness_lag(r),
         "as_it_arrives": {"right": right, "asked": asked, "share": right / max(asked, 1)},
+        "asked_of": {
+            name: [sum(row.get(f"{of}/{name}", 0) for row in rounds) for of in ("right", "asked")]
+            for name in concepts
+        },
         "windows": [
             {name: row[name] for name in ("top1", "asked", "stale", "former")} for row in rounds
         ],

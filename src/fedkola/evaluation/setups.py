@@ -74,6 +74,11 @@ ROWS: Mapping[str, Row] = {
         settings=("algorithm.name=afcl",), about="one sample-weighted ridge on frozen features"
     ),
     "fedkola": Row(settings=("algorithm.name=fedkola",), about="the bank, analytic lane"),
+    "adapted": Row(
+        settings=("algorithm.name=adapted", 'knowledge.lanes=["analytic"]'),
+        about="the bank on a base that the sites adapt together",
+        tuned=True,
+    ),
     "fedkola-cheap": Row(
         settings=("algorithm.name=fedkola", "knowledge.features=1024"),
         about="the same with 1,024 features",
@@ -91,7 +96,7 @@ ROWS: Mapping[str, Row] = {
         pooled=True,
     ),
 }
-ALL = tuple(row for row in ROWS if not row.startswith("fedkola-"))
+ALL = tuple(row for row in ROWS if not row.startswith("fedkola-") and row != "adapted")
 
 
 _COMMON = ("cohort.minimum=3", "knowledge.public_reference=true")
@@ -142,7 +147,13 @@ SETUPS: Mapping[str, Setup] = {
     "icd-releases": Setup(
         question="Releases of ICD-10-CM of 2021, 2025 and 2026 follow each other: are new codes "
         "answered at once, and retired ones no more?",
-        settings=(*_COMMON, "task.name=icd-releases", "knowledge.slots_max=32"),
+        settings=(
+            *_COMMON,
+            "task.name=icd-releases",
+            "task.level=code",
+            "task.windows=3",
+            "knowledge.slots_max=32",
+        ),
         sizes={
             "standard": Size(seeds=5, settings=(), rows=("local", "fedkola", "joint"), watched=0.5)
         },

@@ -65,7 +65,7 @@ def _releases(rows: Rows) -> Verdicts:
 
 
 def _who(rows: Rows) -> Verdicts:
-    return [_mean(rows, "fedkola", "as it arrives, 2012-18", _as_it_arrives, ">=", 0.80)]
+    return [_mean(rows, "fedkola", "as it arrives, 2012-18", _late_years, ">=", 0.80)]
 
 
 def _orders(rows: Rows) -> Verdicts:
@@ -157,8 +157,10 @@ def _stale(cell: Found) -> float:
     return float(cell["stale"]["late"]) if "stale" in cell else 0.0
 
 
-def _as_it_arrives(cell: Found) -> float:
-    return float(cell["as_it_arrives"]["share"])
+def _late_years(cell: Found) -> float:
+    """The share of reports of 2012 to 2018 that were right when they came in."""
+    years = [cell["asked_of"][year] for year in cell["asked_of"] if "2012" <= year <= "2018"]
+    return float(sum(right for right, _ in years) / max(1, sum(asked for _, asked in years)))
 
 
 def _concept(cell: Found, concept: str) -> float:
