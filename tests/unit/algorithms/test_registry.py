@@ -35,8 +35,13 @@ def test_what_the_server_keeps_to_itself_is_never_broadcast():
         "rule",
         "catalogue",
         "targets",
+        "policy",
+        "cold",
+        "model",
+        "access",
         "tau_g",
         "top_k",
+        "factors",
     }
     names = {f for f, about in FedKoLa.__dataclass_fields__.items() if about.metadata}
     assert names == local
