@@ -889,7 +889,7 @@ class FedKoLa:
             if survivors != cohort:
                 return state, survivors
         after = replace(
-            state, bank=self._retired(bank), parked=parked, number=number, revision=revision
+            state, bank=self._retired(bank, number), parked=parked, number=number, revision=revision
         )
         return self._heard(after, votes), cohort
 
@@ -1038,11 +1038,13 @@ class FedKoLa:
             bank = banks.leave(bank, site)
         return replace(state, bank=bank), tuple(before), removed
 
-    def _retired(self, bank: Bank) -> Bank:
-        """The bank with every open label closed that the catalogue gives an end."""
+    def _retired(self, bank: Bank, number: int) -> Bank:
+        """The bank with every open label closed whose end in the catalogue has come."""
         still_open = {entry.code for entry in bank.labels if entry.valid_to is None}
         for label in self._catalogue().labels:
-            if label.valid_to is not None and label.code in still_open:
+            ended = label.valid_to is not None and label.valid_to <= number
+            if ended and label.code in still_open:
+                assert label.valid_to is not None
                 bank = banks.retire(
                     bank, label.code, valid_to=label.valid_to, replaced_by=label.replaced_by
                 )
@@ -1109,7 +1111,8 @@ class FedKoLa:
             scope: tuple(s for s in roster if scope in self.access.get(s, (scope,)))
             for scope in scopes
         }
-        return {scope: sites for scope, sites in found.items() if sites != roster}
+        # No name at all would mean everybody; nobody is called "".
+        return {scope: sites or ("",) for scope, sites in found.items() if sites != roster}
 
     def _touched(self, bank: Bank, cells: Sequence[str], cohort: Cohort, clients: Clients) -> Bank:
         """The bank with these cells live and apart from any sum or fused adapter."""
