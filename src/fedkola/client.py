@@ -62,8 +62,10 @@ class Site:
         catalogue: Catalogue,
         trainer: Trainer,
         store: Path,
+        held_out: Dataset | None = None,
     ) -> None:
         self.name = name
+        self.held_out = held_out or data.take(())
         self.catalogue = catalogue
         self.store = store
         self.targets = trainer.targets

@@ -177,6 +177,7 @@ class Knowledge:
     half_life: float | None = None
     hot_cells: int = 256
     compact_eps: float = 0.0
+    held_out: float = 0.0
     removal_batch: int = 0
     removal_wait: int = 1
 
@@ -288,6 +289,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "knowledge.half_life": (_TINY, _HUGE),
     "knowledge.hot_cells": (0, _WORD),
     "knowledge.compact_eps": (0, 1),
+    "knowledge.held_out": (0, 1),
     "knowledge.removal_batch": (0, _WORD),
     "knowledge.removal_wait": (0, _WORD),
     "privacy.epsilon": (_TINY, inf),

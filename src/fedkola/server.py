@@ -31,7 +31,7 @@ from fedkola.errors import (
     UnknownCell,
     UnknownName,
 )
-from fedkola.knowledge import archive, availability, forget, journal, upkeep
+from fedkola.knowledge import archive, availability, forget, journal, membership, upkeep
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.availability import Pattern
 from fedkola.knowledge.bank import CellKind, KnowledgeCell
@@ -45,6 +45,7 @@ from fedkola.knowledge.forget import (
     Waiting,
 )
 from fedkola.knowledge.journal import Place
+from fedkola.knowledge.membership import Evidence
 from fedkola.knowledge.stream import Stream
 from fedkola.ledger import EventRow, Ledger
 from fedkola.plan import Plan, as_dict, digest
@@ -135,15 +136,20 @@ def assemble(
         scale=plan.algorithm.alpha / plan.algorithm.rank,
         clip=CLIP,
     )
+    share = plan.knowledge.held_out
+    parts = {name: membership.hold_out(data, share) for name, data in stream.sites.items()}
+    if share:
+        stream = replace(stream, sites={name: kept for name, (kept, _) in parts.items()})
     sites = {
         name: Site(
             name,
-            data,
+            kept,
             catalogue=stream.catalogue,
             trainer=trainer,
             store=folder / "sites" / name,
+            held_out=never,
         )
-        for name, data in stream.sites.items()
+        for name, (kept, never) in parts.items()
     }
     answers = {name: site.answer for name, site in sites.items()}
     engine = ENGINES[plan.engine.name](answers, order=plan.engine.order)
@@ -638,10 +644,36 @@ def _subtract(
             "records": all(about.records >= algorithm.floor(about.kind) for about in kept),
             "difference": all(cell.sites >= k_min for cell in outcomes),
         },
+        residual=_residual(federation, algorithm, state, after, request, roster),
         not_covered=forget.NOT_COVERED + ((forget.BASE,) if state.base else ()),
     )
     clients.tally()
     return receipt, after
+
+
+def _residual(
+    federation: Federation,
+    algorithm: FedKoLa,
+    before: BankState,
+    after: BankState,
+    request: str,
+    roster: Cohort,
+) -> Evidence | None:
+    """What the views before and after tell of the forgotten records; None without a control: no
+    records held out, too few of either, or nothing left to ask."""
+    if not federation.plan.knowledge.held_out or not after.bank.cells:
+        return None
+    # The whole view is for those who may hold the whole bank.
+    asked = tuple(name for name in roster if banks.held(after.bank, name) is None)
+    view = algorithm.view(after)
+    if not asked or view.head is None:
+        return None
+    codes = view.head.nodes[0]
+    found = [
+        algorithm.residual(state, codes, request, asked, federation.clients)
+        for state in (before, after)
+    ]
+    return membership.evidence(*found)
 
 
 def _forgetting(federation: Federation) -> FedKoLa:

@@ -243,6 +243,11 @@ class Client(Protocol):
     @property
     def knowledge(self) -> Knowledge: ...
     @property
+    def held_out(self) -> Dataset:
+        """The site's records that nothing may learn from; tests of removals compare with them."""
+        ...
+
+    @property
     def catalogue(self) -> Catalogue: ...
     @property
     def targets(self) -> Mapping[str, tuple[int, int]]:

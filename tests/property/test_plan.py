@@ -118,6 +118,7 @@ plans = st.builds(
         half_life=st.none() | above_zero,
         hot_cells=counts,
         compact_eps=shares,
+        held_out=shares,
         removal_batch=counts,
         removal_wait=counts,
     ),

@@ -11,7 +11,7 @@ import torch
 
 from fedkola import server
 from fedkola.errors import ForgetIncomplete, KnowledgeError, UnknownCell, UnknownName
-from fedkola.knowledge import forget, journal, statistics
+from fedkola.knowledge import forget, journal, membership, statistics
 from fedkola.knowledge.bank import CellKind
 from fedkola.knowledge.forget import ForgetReceipt, Request, Waiting
 from fedkola.ledger import Ledger
@@ -493,3 +493,50 @@ def test_a_removal_under_an_adapted_base_cascades_with_the_next_round(tmp_path: 
     assert all(torch.equal(third.base[name], clean.base[name]) for name in third.base)
     assert any(not torch.equal(third.base[name], state.base[name]) for name in third.base)
     assert small.cells(third) == small.cells(clean)
+
+
+# --- the residual test ----------------------------------------------------------------------------
+
+
+def test_a_receipt_compares_forgotten_with_never_seen_records_under_both_views(tmp_path: Path):
+    settings = (*FAST, "knowledge.held_out=0.5")
+    sites = {site: small.records(site, num=150) for site in small.SITES}
+    federation = small.assemble(tmp_path / "run", *settings, sites=sites)
+    state = small.run(federation)
+    site = federation.sites["north"]
+    assert len(site.held_out) + len(site.knowledge.until(3)) == 150
+    assert set(site.held_out.texts).isdisjoint(site.knowledge.until(3).texts)
+    forgotten, unseen = site.knowledge.until(3), site.held_out
+    (receipt,) = removed(federation, Request(kind="site", site="north"))
+    found = receipt.residual
+    assert found is not None
+    assert (found.forgotten, found.never) == (len(forgotten), len(unseen))
+    cache = federation.trainer.cache
+
+    def auc(view: Any) -> float:
+        counts = [
+            membership.counted(membership.margins(view, cache.integers(d.texts), d.labels))
+            for d in (forgotten, unseen)
+        ]
+        return membership.auc(*counts)
+
+    del sites["north"]
+    clean = never(tmp_path / "never", sites, *settings)
+    view = federation.algorithm.view
+    assert found.auc == auc(view(clean))
+    assert found.before == auc(view(state))
+    assert found.low <= found.auc <= found.high
+    with Ledger.open(federation.folder) as ledger:
+        (row,) = ledger.removals("small")
+    assert forget.receipt_from(row["receipt"]).residual == found
+
+
+def test_few_records_or_none_held_out_give_no_evidence(
+    federation: small.Federation, tmp_path: Path
+):
+    (receipt,) = removed(federation, Request(kind="site", site="north"))
+    assert receipt.residual is None
+    other = small.assemble(tmp_path / "other", *FAST, "knowledge.held_out=0.5")
+    small.run(other)
+    (receipt,) = removed(other, Request(kind="site", site="north"))
+    assert receipt.residual is None  # some fifteen records

@@ -43,6 +43,7 @@ from fedkola.knowledge import (
     compact,
     forget,
     journal,
+    membership,
     novelty,
     router,
     statistics,
@@ -55,6 +56,7 @@ from fedkola.knowledge.bank import Bank, Cell, CellKind, KnowledgeCell, Status
 from fedkola.knowledge.compact import Policy
 from fedkola.knowledge.journal import Place
 from fedkola.knowledge.novelty import Thresholds
+from fedkola.knowledge.stream import Records
 from fedkola.knowledge.views import Rule, View
 from fedkola.types import (
     Aggregate,
@@ -463,6 +465,32 @@ class FedKoLa:
             bank = self._left(bank, cell, replace(total, grid=cell.total.grid), covers)
         return self._removed(state, bank, before, leavers)
 
+    def residual(
+        self, state: State, codes: Sequence[str], request: str, cohort: Cohort, clients: Clients
+    ) -> Tensor:
+        """How the view of this state scores the records that requests concern, beside never-seen
+        ones of the same sites: counts (GROUPS, BINS) of margins.
+
+        ``codes`` are the labels to compare on. They must be those of a view that has seen neither:
+        a label that is known because of a forgotten record would set the two apart.
+        """
+        position = {label.code: i for i, label in enumerate(self._catalogue().labels)}
+        document, tensors = views.to_tensors(self.view(state))
+        tensors |= {
+            "about": torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8),
+            "labels": torch.tensor([position[code] for code in codes], dtype=torch.int64),
+            "request": torch.tensor(list(request.encode()), dtype=torch.uint8),
+        }
+        asked = ask(
+            self,
+            "residual",
+            state.number,
+            {**tensors, **adaptation.carried(self.factors)},
+            word=32,
+            scale={"margins": 0},
+        )
+        return clients.sum(cohort, asked).words["margins"].to(torch.int64)
+
     def recount(
         self, state: State, cells: Sequence[str], request: str, cohort: Cohort, clients: Clients
     ) -> bool:
@@ -627,6 +655,7 @@ class FedKoLa:
             "revise": self.subtract,
             "remove": self.subtract,
             "recount": self.again,
+            "residual": self.margins,
         }
 
     def vote(self, client: Client, asked: Broadcast) -> Update:
@@ -758,6 +787,34 @@ class FedKoLa:
             words = self._words(client, asked, self._addend(client, asked, rest))
             return _integer_update(client, words)
         return self._addend(client, asked, rest)
+
+    def margins(self, client: Client, asked: Broadcast) -> Update:
+        """Counted margins of this site's forgotten records and of its never-seen ones; zeros if it
+        has none of the former. Only labels in question count."""
+        _, tensors = adaptation.split(asked.tensors)
+        document = json.loads(bytes(tensors.pop("about").numpy()))
+        requests, codes = self._mine(client, asked), set(self._codes(client, asked))
+        names = forget.names(requests, journal.owners(client.store) if requests else ())
+        entries = [] if not requests else journal.entries(client.store)
+        lost = journal.join([journal.only(e, records=forget.under(e, names)) for e in entries])
+        counts = torch.zeros(membership.GROUPS, membership.BINS, dtype=torch.int64)
+        if lost is not None:
+            scopes = {label.code: label.scope for label in client.catalogue.labels}
+            view = views.from_tensors(document, tensors)
+            wide = Records(client.held_out).until(asked.round)
+            # A window, a label or a module is compared with records that could be of it.
+            public = [request for request in requests if request.kind in forget.SHARED]
+            free = set(forget.left(wide, public, scopes)) if len(public) == len(requests) else set()
+            never = wide.take([i for i in range(len(wide)) if i not in free])
+            rows = [i for i, code in enumerate(lost.labels) if code in codes]
+            parts = [(lost.z[rows], [lost.labels[i] for i in rows])]
+            for half in membership.halves(never.records):
+                part = never.take([i for i in half if never.labels[i] in codes])
+                z = self._embedded(client, asked, part) if len(part) else lost.z[:0]
+                parts.append((z, list(part.labels)))
+            for group, (z, labels) in enumerate(parts):
+                counts[group] = membership.counted(membership.margins(view, z, labels))
+        return Update(client=client.name, weight=int(counts[0].sum()), tensors={"margins": counts})
 
     # --- private, server --------------------------------------------------------------------------
 
@@ -1298,11 +1355,15 @@ class FedKoLa:
         }
         return {place: entry for place, entry in found.items() if entry}
 
+    def _mine(self, client: Client, asked: Broadcast) -> list[forget.Request]:
+        """The requests asked about that were posted here."""
+        ids = _requests(asked)
+        return [request for request in forget.posted(client.store) if request.id in ids]
+
     def _gone(self, client: Client, asked: Broadcast) -> dict[Place, frozenset[str]]:
         """Record ids to subtract, by place: those of the request, if it was posted here, old
         versions under a revision, and all of the places that go whole."""
-        ids, entries = _requests(asked), self._entries(client, asked)
-        mine = [request for request in forget.posted(client.store) if request.id in ids]
+        mine, entries = self._mine(client, asked), self._entries(client, asked)
         names = forget.names(mine, journal.owners(client.store) if mine else ())
         found = {at: forget.under(entry, names) for at, entry in entries.items()}
         gone = {at: records for at, records in found.items() if records}

@@ -144,9 +144,7 @@ def hold_out(stream: Stream, seed: int) -> tuple[Stream, dict[str, Dataset]]:
     """The stream without its never-seen records, and those by site. Equal texts stay together."""
     kept, never = {}, {}
     for name, data in stream.sites.items():
-        out = [hash_share(f"never seen {seed} {text}") < HELD_OUT for text in data.texts]
-        kept[name] = data.take([i for i, gone in enumerate(out) if not gone])
-        never[name] = data.take([i for i, gone in enumerate(out) if gone])
+        kept[name], never[name] = membership.hold_out(data, HELD_OUT, salt=str(seed))
     return replace(stream, sites=kept), never
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from fedkola.knowledge import views
 from fedkola.knowledge.stream import hash_share
 from fedkola.knowledge.views import View
+from fedkola.types import Dataset
 
 BINS = 1024
 GROUPS = 3
@@ -44,6 +45,14 @@ class Evidence:
     null: float
     forgotten: int
     never: int
+
+
+def hold_out(data: Dataset, share: float, *, salt: str = "") -> tuple[Dataset, Dataset]:
+    """The records to learn from, and about ``share`` of them to keep from it. A hash of the text
+    decides, so that equal texts stay together at every site."""
+    out = [hash_share(f"held out {salt} {text}") < share for text in data.texts]
+    kept = [i for i, gone in enumerate(out) if not gone]
+    return data.take(kept), data.take([i for i, gone in enumerate(out) if gone])
 
 
 def margins(view: View, z: Tensor, codes: Sequence[str]) -> Tensor:
