@@ -40,7 +40,7 @@ def test_a_run_tells_where_its_knowledge_comes_from_and_what_was_revised(tmp_pat
     ]
     assert versions[0]["marks"] == [(1, "sealed"), (2, "changed"), (2, "sealed")]
     said = [(change["round"], change["about"]) for change in document["lineage"]["changes"]]
-    assert (1, "heart-1") in said  # a label that will be retired
+    assert (3, "heart-1") in said  # a label whose end has come
     assert (2, "heart") in said  # old versions taken back
     page = report.render(document)
     assert "closed at 3, replaced by heart-2" in page
