@@ -88,7 +88,12 @@ class Site:
                 return kept.read_bytes()
             update = _step(asked)(self, asked)
             words = wire.words(update, asked.grid, asked.cohort)
-            reply = Reply(client=self.name, question=wire.question(message), words=words)
+            reply = Reply(
+                client=self.name,
+                question=wire.question(message),
+                words=words,
+                word=asked.grid.word,
+            )
             answer = wire.pack_reply(reply)
             _write(kept, answer)
         except FedKolaError as error:

@@ -126,12 +126,15 @@ class Grid:
     """How real numbers become integers; fixed by the server before anyone answers.
 
     Sums live in the ring Z_2^word. ``scale`` gives the fractional bits of every tensor, of the
-    weight (key ``weight``) and of every metric; integer tensors use 0.
+    weight (key ``weight``) and of every metric; integer tensors use 0. An addend may take its
+    share of the word, so that any sum over the cohort fits; where the server knows that the sum
+    itself fits (``bounded``), it may take all of the word.
     """
 
-    word: Literal[16, 32, 64]
+    word: Literal[16, 24, 32, 64]
     bits: int
     scale: Mapping[str, int]
+    bounded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,12 +165,14 @@ class Update:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
     """What an engine carried: integer words, or the reason why there are none. ``question`` names
-    the message it answers, so that an answer to another question cannot be summed."""
+    the message it answers, so that an answer to another question cannot be summed. ``word`` is
+    the size of a word on its way, 0 as it lies in memory."""
 
     client: str
     question: str = ""
     words: Weights = field(default_factory=dict)
     refused: str = ""
+    word: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,8 @@ MAX_FRACTION = 62
 WEIGHT = "weight"
 METRIC = "metric/"
 _PREFIX = struct.Struct("<4sII")
-_WORDS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
+# Words of 24 bits lie in memory as 32, and are three bytes on their way.
+_WORDS = {16: torch.int16, 24: torch.int32, 32: torch.int32, 64: torch.int64}
 T = TypeVar("T")
 
 
@@ -92,18 +93,22 @@ def pack_reply(reply: Reply) -> bytes:
         "client": reply.client,
         "question": reply.question,
         "refused": reply.refused,
+        "word": reply.word,
     }
-    return _frame(header, reply.words)
+    narrow = reply.word == 24
+    return _frame(header, {n: _narrow(v) if narrow else v for n, v in reply.words.items()})
 
 
 def unpack_reply(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Reply:
     """Raises WireError or VersionMismatch for anything that ``pack_reply`` did not write."""
     header, words = _unframe(message, "reply", max_bytes)
+    word = _field(header, "word", int)
     return Reply(
         client=_field(header, "client", str),
         question=_field(header, "question", str),
-        words=words,
+        words={name: _widen(value) if word == 24 else value for name, value in words.items()},
         refused=_field(header, "refused", str),
+        word=word,
     )
 
 
@@ -137,7 +142,7 @@ def total(replies: Iterable[Reply], grid: Grid, cohort: Cohort) -> Aggregate:
     Replies are consumed one by one, so memory does not grow with the cohort. The grid does not fix
     shapes: where they differ, those of most sites count and the others are left out, so that one
     site can neither spoil a sum nor decide it by answering first. Raises CohortTooSmall if nobody
-    answered, WireError if no shapes are those of most.
+    answered, WireError if no shapes are those of most, GridOverflow if a sum leaves its word.
     """
     sums: dict[tuple[tuple[str, torch.Size], ...], tuple[dict[str, Tensor], list[str]]] = {}
     for reply in replies:
@@ -162,6 +167,9 @@ def total(replies: Iterable[Reply], grid: Grid, cohort: Cohort) -> Aggregate:
             "most of the sites; nothing is summed"
         )
     order = tuple(name for name in cohort if name in set(answered))
+    if grid.word == 24:
+        for name, value in words.items():
+            _check_limit(name, _largest(value), 2**23 - 1, 1)
     return Aggregate(cohort=order, words=words, grid=grid)
 
 
@@ -266,7 +274,12 @@ def load(kind: type[T], document: Mapping[str, Any], tensors: Weights) -> T:
 
 
 def _grid_document(grid: Grid) -> dict[str, Any]:
-    return {"word": grid.word, "bits": grid.bits, "scale": dict(grid.scale)}
+    return {
+        "word": grid.word,
+        "bits": grid.bits,
+        "scale": dict(grid.scale),
+        "bounded": grid.bounded,
+    }
 
 
 def _grid(document: Mapping[str, Any]) -> Grid:
@@ -276,7 +289,8 @@ def _grid(document: Mapping[str, Any]) -> Grid:
         raise WireError(f"a grid of {bits} bits in words of {word}; drop the message")
     if not all(type(f) is int and 0 <= f <= MAX_FRACTION for f in scale.values()):
         raise WireError(f"a scale outside 0..{MAX_FRACTION} fractional bits; drop the message")
-    return Grid(word=cast(Any, word), bits=bits, scale=scale)
+    bounded = _field(document, "bounded", bool)
+    return Grid(word=cast(Any, word), bits=bits, scale=scale, bounded=bounded)
 
 
 def _field(document: Mapping[str, Any], name: str, kind: type[T]) -> T:
@@ -355,7 +369,8 @@ def _fraction(grid: Grid, name: str) -> int:
 
 
 def _quantise(name: str, value: Tensor, grid: Grid, cohort: int) -> Tensor:
-    limit = min(2 ** (grid.bits - 1) - 1, (2 ** (grid.word - 1) - 1) // max(cohort, 1))
+    shares = 1 if grid.bounded else max(cohort, 1)
+    limit = min(2 ** (grid.bits - 1) - 1, (2 ** (grid.word - 1) - 1) // shares)
     fraction = _fraction(grid, name)
     if value.is_floating_point():
         if not bool(torch.isfinite(value).all()):
@@ -366,9 +381,27 @@ def _quantise(name: str, value: Tensor, grid: Grid, cohort: int) -> Tensor:
         return scaled.to(_WORDS[grid.word])
     if fraction:
         raise WireError(f"{name} is an integer tensor, its scale must be 0 and is {fraction}")
-    low, high = (value.min(), value.max()) if value.numel() else (0, 0)
-    _check_limit(name, max(-int(low), int(high)), limit, cohort)
+    _check_limit(name, _largest(value), limit, cohort)
     return value.to(_WORDS[grid.word])
+
+
+def _largest(value: Tensor) -> int:
+    return max(-int(value.min()), int(value.max())) if value.numel() else 0
+
+
+def _narrow(value: Tensor) -> Tensor:
+    """Words of 24 bits as bytes, the lowest first: int32 (...) to uint8 (..., 3)."""
+    return value.contiguous()[..., None].view(torch.uint8)[..., :3].contiguous()
+
+
+def _widen(value: Tensor) -> Tensor:
+    """The inverse of ``_narrow``. Raises WireError for anything else."""
+    if value.dtype != torch.uint8 or value.dim() < 1 or value.shape[-1] != 3:
+        raise WireError(f"words of 24 bits sent as {value.dtype} {tuple(value.shape)}; drop it")
+    high = torch.zeros(*value.shape[:-1], 4, dtype=torch.uint8)
+    high[..., 1:] = value
+    # The sign bit is at the top now; the shift takes it along.
+    return high.view(torch.int32)[..., 0] >> 8
 
 
 def _check_limit(name: str, largest: float, limit: int, cohort: int) -> None:

@@ -6,6 +6,7 @@ import zlib
 from dataclasses import dataclass, replace
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -172,7 +173,7 @@ def test_a_header_that_is_no_object_is_refused(header: bytes):
 
 
 def test_a_body_that_is_no_safetensors_is_refused():
-    header = {"kind": "reply", "client": "s", "question": "", "refused": ""}
+    header = {"kind": "reply", "client": "s", "question": "", "refused": "", "word": 0}
     assert wire.unpack_reply(framed(header)).client == "s"
     for body in (b"\x80\x04K\x01.", b"\xff" * 64, struct.pack("<Q", 2**63) + b"{}"):
         with pytest.raises(WireError):
@@ -204,6 +205,49 @@ def test_a_value_that_is_not_finite_stays_at_its_site(value: float):
     ):
         with pytest.raises(NotFinite, match="stays at its site"):
             wire.words(update, GRID, ("s",))
+
+
+def test_words_of_24_bits_are_three_bytes_on_their_way():
+    value = torch.tensor([[0, 1, -1], [2**23 - 1, -(2**23), 77]], dtype=torch.int32)
+    sent = wire.pack_reply(Reply(client="s", words={"x": value, "n": value[0, 1]}, word=24))
+    got = wire.unpack_reply(sent)
+    assert torch.equal(got.words["x"], value)
+    assert got.words["n"].item() == 1
+    large = torch.zeros(1000, dtype=torch.int32)
+    of = {
+        word: wire.pack_reply(Reply(client="s", words={"x": large}, word=word)) for word in (24, 32)
+    }
+    assert len(of[32]) - len(of[24]) == pytest.approx(1000, abs=8)
+
+
+@pytest.mark.parametrize("words", [{"x": torch.zeros(3)}, {"x": torch.zeros(4, 2).byte()}])
+def test_a_body_that_is_not_of_24_bits_is_refused(words: dict[str, torch.Tensor]):
+    header = {"kind": "reply", "client": "s", "question": "", "refused": "", "word": 24}
+    with pytest.raises(WireError, match="24 bits"):
+        wire.unpack_reply(framed(header, safetensors.torch.save(words)))
+
+
+def test_an_addend_may_fill_a_word_whose_sum_is_bounded():
+    grid = Grid(word=24, bits=24, scale={"weight": 0, "x": 0}, bounded=True)
+    cohort = ("a", "b", "c")
+
+    def reply(name: str, value: int) -> Reply:
+        update = Update(client=name, tensors={"x": torch.tensor([value])}, weight=0)
+        return Reply(client=name, words=wire.words(update, grid, cohort), word=24)
+
+    most = 2**23 - 1
+    found = wire.total([reply("a", most - 1), reply("b", 1)], grid, cohort)
+    assert found.words["x"].tolist() == [most]
+    with pytest.raises(GridOverflow):
+        wire.total([reply("a", most), reply("b", 1)], grid, cohort)
+    with pytest.raises(GridOverflow):
+        reply("a", most + 1)
+    with pytest.raises(GridOverflow):
+        wire.words(
+            Update(client="a", tensors={"x": torch.tensor([most])}, weight=0),
+            replace(grid, bounded=False),
+            cohort,
+        )
 
 
 @pytest.mark.parametrize(("word", "dtype"), [(16, torch.int16), (32, torch.int32)])

@@ -24,13 +24,16 @@ def ask(
     scale: Mapping[str, int],
     word: int = 32,
     metrics: Mapping[str, int] | None = None,
+    bounded: bool = False,
 ) -> Broadcast:
     """One question. ``scale`` lists the fractional bits of every tensor of the answer.
 
-    ``metrics`` likewise; the weight is a whole number. ``word`` is 16, 32 or 64.
+    ``metrics`` likewise; the weight is a whole number. ``word`` is 16, 24, 32 or 64; ``bounded``
+    says that the sum is known to fit it.
     """
     listed = {METRIC + name: bits for name, bits in (metrics or {}).items()}
-    grid = Grid(word=_word(word), bits=word, scale={WEIGHT: 0, **scale, **listed})
+    scales = {WEIGHT: 0, **scale, **listed}
+    grid = Grid(word=_word(word), bits=word, scale=scales, bounded=bounded)
     return Broadcast(round=number, step=step, tensors=tensors, grid=grid, algorithm=spec(algorithm))
 
 

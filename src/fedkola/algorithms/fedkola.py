@@ -643,7 +643,7 @@ class FedKoLa:
                 for d_out, _ in self.targets.values()
             ),
         }
-        return numbers[about.kind] * (8 if about.kind is CellKind.ROUTER else 4)
+        return numbers[about.kind] * self._word(about) // 8
 
     # --- client half ------------------------------------------------------------------------------
 
@@ -1286,16 +1286,14 @@ class FedKoLa:
             factors = ("lora_B", "gram") if self.merge == "gram" else ("lora_B",)
             names = [f"{layer}.{factor}" for layer in self.targets for factor in factors]
             scale = dict.fromkeys(names, 0 if loss.request else self.fraction)
-            word = 32
         else:
             rows = (statistics.SUMS, statistics.COUNTS)
             parts = {
-                CellKind.ANALYTIC: (rows, 32),
-                CellKind.SCATTER: ((statistics.GRAM,), 32),
-                CellKind.ROUTER: ((statistics.GRAM, *rows), 64),
+                CellKind.ANALYTIC: rows,
+                CellKind.SCATTER: (statistics.GRAM,),
+                CellKind.ROUTER: (statistics.GRAM, *rows),
             }
-            asked_for, word = parts[about.kind]
-            scale = dict.fromkeys(asked_for, 0)
+            scale = dict.fromkeys(parts[about.kind], 0)
         tensors = {
             "cell": torch.tensor(cell, dtype=torch.int64),
             "places": torch.tensor(places, dtype=torch.int64).reshape(-1, 2),
@@ -1310,8 +1308,24 @@ class FedKoLa:
         if step == "fill" and about.kind in (CellKind.ANALYTIC, CellKind.ROUTER):
             tensors |= adaptation.carried(self.factors)
         return ask(
-            self, step, about.round, tensors, word=word, scale=scale, metrics={"contributors": 0}
+            self,
+            step,
+            about.round,
+            tensors,
+            word=self._word(about),
+            scale=scale,
+            metrics={"contributors": 0},
+            bounded=about.kind in (CellKind.ANALYTIC, CellKind.SCATTER),
         )
+
+    def _word(self, about: KnowledgeCell) -> int:
+        """Bits of a word of a sum over the records of a cell; a vote has counted them."""
+        if about.kind is CellKind.ROUTER:
+            return 64
+        if about.kind is CellKind.LORA:
+            return 32
+        part = statistics.GRAM if about.kind is CellKind.SCATTER else statistics.SUMS
+        return statistics.word(part, bits=self.bits, records=about.records)
 
     def _place(self, about: KnowledgeCell) -> tuple[int, int]:
         """Where the records of a cell stand in a journal: its round and the number of its scope."""

@@ -76,6 +76,13 @@ def records_floor(features: int, width: int) -> int:
     return max(4 * features, features**2 // (2 * width))
 
 
+def word(kind: str, *, bits: int, records: int) -> int:
+    """The narrowest word that holds a sum of label rows (SUMS) or of a Gram (GRAM) of so many
+    records, whatever they are: a feature is at most 2^bits - 1."""
+    largest = (2**bits - 1) ** (2 if kind == GRAM else 1) * max(records, 1)
+    return next(width for width in (16, 24, 32, 64) if largest < 2 ** (width - 1))
+
+
 def router(z: Tensor, rows: Tensor, *, num_rows: int) -> dict[str, Tensor]:
     """The addend of one site to one router cell: moments of the integer embeddings.
 
