@@ -150,7 +150,10 @@ def total(replies: Iterable[Reply], grid: Grid, cohort: Cohort) -> Aggregate:
             continue
         shapes = tuple(sorted((name, value.shape) for name, value in reply.words.items()))
         if shapes not in sums:
-            sums[shapes] = ({name: value.clone() for name, value in reply.words.items()}, [])
+            # A sum does not show how narrow its words were: it is hashed, and more may be added.
+            wide = _WORDS[max(grid.word, 32)]
+            first = {name: value.to(wide, copy=True) for name, value in reply.words.items()}
+            sums[shapes] = (first, [])
         else:
             for name, value in reply.words.items():
                 sums[shapes][0][name] += value
@@ -167,9 +170,9 @@ def total(replies: Iterable[Reply], grid: Grid, cohort: Cohort) -> Aggregate:
             "most of the sites; nothing is summed"
         )
     order = tuple(name for name in cohort if name in set(answered))
-    if grid.word == 24:
+    if grid.word < 32:
         for name, value in words.items():
-            _check_limit(name, _largest(value), 2**23 - 1, 1)
+            _check_limit(name, _largest(value), 2 ** (grid.word - 1) - 1, 1)
     return Aggregate(cohort=order, words=words, grid=grid)
 
 
