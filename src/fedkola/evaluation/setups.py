@@ -101,6 +101,16 @@ ROWS: Mapping[str, Row] = {
         settings=("algorithm.name=fedkola", "knowledge.features=8192"),
         about="the same with 8,192 features",
     ),
+    "fedkola-away": Row(
+        settings=(
+            "algorithm.name=fedkola",
+            "scenario.availability=bernoulli",
+            "scenario.absent=0.3",
+            'scenario.late={"harbour-infectious"=3, "oldtown-metabolic"=4}',
+            'scenario.leave={"lakeside-eye-ear"=6}',
+        ),
+        about="the same where three of ten sites miss each round, two come late and one is removed",
+    ),
     "oracle": _trained("oracle", "an adapter per true scope, routed by the truth"),
     "joint": Row(
         settings=("algorithm.name=joint",),
@@ -115,6 +125,12 @@ ALL = tuple(row for row in ROWS if not row.startswith(("fedkola-", "adapted")))
 
 _COMMON = ("cohort.minimum=3", "knowledge.public_reference=true")
 _RATES = (5e-4, 1e-3, 2e-3)
+# Few labels a window: a small Gram at growing intervals, and no router between scopes.
+_CHEAP = (
+    'knowledge.lanes=["analytic"]',
+    "knowledge.features=768",
+    "knowledge.scatter_share=1",
+)
 
 SETUPS: Mapping[str, Setup] = {
     "icd-chapters": Setup(
@@ -171,6 +187,52 @@ SETUPS: Mapping[str, Setup] = {
         ),
         sizes={"standard": Size(seeds=5, settings=(), rows=ALL, rates=_RATES, watched=0.2)},
     ),
+    "availability": Setup(
+        question="Three of ten hospitals miss each round, two join in rounds 3 and 4, one leaves "
+        "after round 6 and takes its records along: what is lost two rounds after the last window?",
+        settings=(
+            *_COMMON,
+            "task.name=icd10cm",
+            "task.level=block",
+            "task.sites=12",
+            "task.windows=8",
+            "run.rounds=10",
+            "knowledge.slots_max=22",
+        ),
+        sizes={
+            "quick": Size(
+                seeds=1,
+                settings=("task.per_label=5", "knowledge.features=512"),
+                rows=("fedkola", "fedkola-away"),
+            ),
+            "standard": Size(
+                seeds=5,
+                settings=("knowledge.features=2048",),
+                rows=("fedkola", "fedkola-away"),
+                watched=0.2,
+            ),
+        },
+    ),
+    "static-iid": Setup(
+        question="Nothing arrives later and every site holds the same mixture: what does a bank "
+        "lose to trained adapters that send as many bytes?",
+        settings=(
+            *_COMMON,
+            "task.name=cl-text",
+            "task.order=agnews",
+            "task.partition=iid",
+            'knowledge.lanes=["analytic"]',
+            "knowledge.features=1536",
+        ),
+        sizes={
+            "standard": Size(
+                seeds=5,
+                settings=("task.per_label=250", "algorithm.exchanges=6"),
+                rows=("fedkola", "fedit", "ffa_lora", "fedex_lora"),
+                rates=_RATES,
+            )
+        },
+    ),
     "icd-releases": Setup(
         question="Releases of ICD-10-CM of 2021, 2025 and 2026 follow each other: are new codes "
         "answered at once, and retired ones no more?",
@@ -197,7 +259,7 @@ SETUPS: Mapping[str, Setup] = {
     ),
     "cl-text": Setup(
         question="AG News, Amazon, Yelp, DBpedia and SST-2 arrive one after the other.",
-        settings=(*_COMMON, "task.name=cl-text", "algorithm.exchanges=2"),
+        settings=(*_COMMON, *_CHEAP, "task.name=cl-text", "algorithm.exchanges=2"),
         sizes={
             "standard": Size(
                 seeds=5, settings=("task.per_label=60",), rows=ALL, rates=_RATES, watched=0.3
@@ -206,7 +268,7 @@ SETUPS: Mapping[str, Setup] = {
     ),
     "clinc150": Setup(
         question="Ten domains of CLINC150 arrive at twelve sites: which of 150 intents is meant?",
-        settings=(*_COMMON, "task.name=clinc150", "algorithm.exchanges=2"),
+        settings=(*_COMMON, *_CHEAP, "task.name=clinc150", "algorithm.exchanges=2"),
         sizes={
             "standard": Size(
                 seeds=5, settings=("task.per_label=20",), rows=ALL, rates=_RATES, watched=0.3

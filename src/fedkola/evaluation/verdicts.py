@@ -24,7 +24,12 @@ def _chapters(rows: Rows) -> Verdicts:
     found = [
         _mean(rows, "fedkola", "285-way top-1 at <= 35 MB a site and window", _top1, ">=", 0.735),
         _mean(rows, "fedkola", "MB up a site and window", _megabytes, "<=", 35.0),
-        _mean(rows, "fedkola-wide", "285-way top-1 at any cost", _top1, ">=", 0.76),
+    ]
+    costly = ("fedkola-wide", "adapted", "adapted-wide")
+    found += [
+        _mean(rows, row, "285-way top-1 at any cost", _top1, ">=", 0.76)
+        for row in costly
+        if row in rows
     ]
     if own:
         equal = all(cell["equal_to_one_shot"] for cell in own.values())
@@ -33,8 +38,12 @@ def _chapters(rows: Rows) -> Verdicts:
     found.append(_most("excess forgetting, points", excess, 0.5))
     lags = [lag for cell in own.values() for lag in cell["lags"] if lag is not None]
     found.append(_most("windows until a chapter answers", lags, 0.0))
-    joint = {s: c["readout"]["top1"] for s, c in rows.get("joint", {}).items() if "readout" in c}
-    for row in ("fedkola", "fedkola-wide"):
+    joint = {
+        seed: max(_top1(cell), cell["readout"]["top1"])
+        for seed, cell in rows.get("joint", {}).items()
+        if "readout" in cell
+    }
+    for row in ("fedkola", *(row for row in costly if row in rows)):
         gaps = [
             cell["untouched"]["top1"] - joint[seed]
             for seed, cell in rows.get(row, {}).items()
@@ -98,6 +107,23 @@ def _orders(rows: Rows) -> Verdicts:
     return found
 
 
+def _availability(rows: Rows) -> Verdicts:
+    gap = paired(rows.get("fedkola-away", {}), rows.get("fedkola", {}), _top1)
+    met = None if gap is None else gap["mean"] >= -0.01
+    return [target("top-1 minus full availability", ">= -0.010", interval(gap), met)]
+
+
+def _static(rows: Rows) -> Verdicts:
+    own, other = rows.get("fedkola", {}), rows.get("fedex_lora", {})
+    gap = paired(own, other, _top1)
+    share = [own[seed]["bytes_up"] / other[seed]["bytes_up"] for seed in own if seed in other]
+    text = (
+        "" if gap is None else f"{interval(gap)} at {metrics.interval(share)['mean']:.2f} x bytes"
+    )
+    met = None if gap is None else gap["mean"] >= -0.01
+    return [target("top-1 minus FedEx-LoRA", ">= -0.010", text, met)]
+
+
 def _facts(rows: Rows) -> Verdicts:
     own = rows.get("fedkola", {})
     lags = [lag for cell in own.values() for lag in cell["lags"] if lag is not None]
@@ -113,6 +139,8 @@ TARGETS: Mapping[str, Callable[[Rows], Verdicts]] = {
     "icd-chapters": _chapters,
     "icd-releases": _releases,
     "who-don": _who,
+    "availability": _availability,
+    "static-iid": _static,
     "cl-text": _orders,
     "clinc150": _orders,
     "facts": _facts,
