@@ -126,11 +126,7 @@ ALL = tuple(row for row in ROWS if not row.startswith(("fedkola-", "adapted")))
 _COMMON = ("cohort.minimum=3", "knowledge.public_reference=true")
 _RATES = (5e-4, 1e-3, 2e-3)
 # Few labels a window: a small Gram at growing intervals, and no router between scopes.
-_CHEAP = (
-    'knowledge.lanes=["analytic"]',
-    "knowledge.features=768",
-    "knowledge.scatter_share=1",
-)
+_CHEAP = ('knowledge.lanes=["analytic"]', "knowledge.scatter_share=1")
 
 SETUPS: Mapping[str, Setup] = {
     "icd-chapters": Setup(
@@ -259,19 +255,41 @@ SETUPS: Mapping[str, Setup] = {
     ),
     "cl-text": Setup(
         question="AG News, Amazon, Yelp, DBpedia and SST-2 arrive one after the other.",
-        settings=(*_COMMON, *_CHEAP, "task.name=cl-text", "algorithm.exchanges=2"),
+        settings=(
+            *_COMMON,
+            *_CHEAP,
+            "task.name=cl-text",
+            "knowledge.features=512",
+            "algorithm.exchanges=2",
+        ),
         sizes={
             "standard": Size(
-                seeds=5, settings=("task.per_label=60",), rows=ALL, rates=_RATES, watched=0.3
+                seeds=3,
+                settings=("task.per_label=40", "model.max_tokens=64"),
+                rows=ALL,
+                rates=_RATES,
+                tuning=("task.per_label=16",),
+                watched=0.3,
             )
         },
     ),
     "clinc150": Setup(
         question="Ten domains of CLINC150 arrive at twelve sites: which of 150 intents is meant?",
-        settings=(*_COMMON, *_CHEAP, "task.name=clinc150", "algorithm.exchanges=2"),
+        settings=(
+            *_COMMON,
+            *_CHEAP,
+            "task.name=clinc150",
+            "knowledge.features=768",
+            "algorithm.exchanges=2",
+        ),
         sizes={
             "standard": Size(
-                seeds=5, settings=("task.per_label=20",), rows=ALL, rates=_RATES, watched=0.3
+                seeds=3,
+                settings=("task.per_label=20",),
+                rows=ALL,
+                rates=_RATES,
+                tuning=("task.per_label=8",),
+                watched=0.3,
             )
         },
     ),
