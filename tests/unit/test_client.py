@@ -8,10 +8,11 @@ import small_federation as small
 import torch
 
 from fedkola import wire
+from fedkola.algorithms import questions
 from fedkola.algorithms.fedkola import State
 from fedkola.client import Site
 from fedkola.errors import DataError, StepFailed, UnknownCell
-from fedkola.knowledge import journal
+from fedkola.knowledge import journal, openings
 from fedkola.knowledge.bank import Bank
 from fedkola.knowledge.forget import Request
 from fedkola.types import Broadcast
@@ -37,9 +38,11 @@ def fill(federation: small.Federation, round: int, cohort: tuple[str, ...] = COH
         for o in method.openings(federation.clients.sum(cohort, vote(federation, round)), Bank())[0]
         if o.scope == "heart"
     )
-    about = method._describe(round, replace(opening, slot=0), cohort)
+    terms = method.terms
+    about = openings.described(terms, round, replace(opening, slot=0), cohort)
+    place = questions.place(terms.catalogue, about)
     return replace(
-        method._about_cell("fill", about, [method._place(about)]),
+        questions.about_cell(terms, "fill", about, [place]),
         cohort=cohort,
         seed=5,
         run="small",

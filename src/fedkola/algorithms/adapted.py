@@ -22,6 +22,7 @@ from typing import Self
 import torch
 
 from fedkola import wire
+from fedkola.algorithms import questions
 from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.fedkola import FedKoLa, State
 from fedkola.algorithms.setting import Setting
@@ -178,7 +179,7 @@ class Adapted(FedKoLa):
 
     def _held(self, client: Client, asked: Broadcast) -> Dataset:
         """Everything that has arrived under the labels asked for, in the order of arrival."""
-        codes = set(self._codes(client, asked))
+        codes = set(questions.codes(asked, client.catalogue))
         data = client.knowledge.until(asked.round)
         return data.take([i for i, code in enumerate(data.labels) if code in codes])
 

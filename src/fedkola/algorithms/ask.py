@@ -16,7 +16,7 @@ class _Dataclass(Protocol):
 
 
 def ask(
-    algorithm: _Dataclass,
+    algorithm: _Dataclass | Spec,
     step: str,
     number: int,
     tensors: Weights,
@@ -26,15 +26,17 @@ def ask(
     metrics: Mapping[str, int] | None = None,
     bounded: bool = False,
 ) -> Broadcast:
-    """One question. ``scale`` lists the fractional bits of every tensor of the answer.
+    """One question of an algorithm, which may be given as its ``spec``.
 
-    ``metrics`` likewise; the weight is a whole number. ``word`` is 16, 24, 32 or 64; ``bounded``
-    says that the sum is known to fit it.
+    ``scale`` lists the fractional bits of every tensor of the answer, ``metrics`` likewise; the
+    weight is a whole number. ``word`` is 16, 24, 32 or 64; ``bounded`` says that the sum is known
+    to fit it.
     """
+    named = algorithm if isinstance(algorithm, Mapping) else spec(algorithm)
     listed = {METRIC + name: bits for name, bits in (metrics or {}).items()}
     scales = {WEIGHT: 0, **scale, **listed}
     grid = Grid(word=_word(word), bits=word, scale=scales, bounded=bounded)
-    return Broadcast(round=number, step=step, tensors=tensors, grid=grid, algorithm=spec(algorithm))
+    return Broadcast(round=number, step=step, tensors=tensors, grid=grid, algorithm=named)
 
 
 def spec(algorithm: _Dataclass) -> Spec:
