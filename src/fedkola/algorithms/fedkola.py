@@ -17,6 +17,10 @@ stays hidden from whoever sees only sums. Sources: the module store of HPFL (She
 2025), analytic federated learning (He et al., AFL, CVPR 2025), Gram merge (LoRM, ICLR 2025).
 """
 
+# Its parts stand beside this file: questions (one cell between server and site), modules (a site's
+# LoRA half), forgetting (revise, remove and their checks), state. Rules that need no site are in
+# knowledge: terms, openings, calibration, reading.
+
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
