@@ -219,15 +219,21 @@ class Site:
                 found.append({})
         return found
 
+    def holds(self, request: forget.Request) -> bool:
+        """Whether the site has a record under the request, contributed or still waiting."""
+        if request.site not in ("", self.name):
+            return False
+        return len(forget.left(self._data, (request,), self._scopes)) < len(self._data)
+
     def post(self, *requests: forget.Request) -> dict[Place, frozenset[str]]:
         """Accept removals: from now on these records are never contributed again.
 
-        Returns (round, scope) -> records concerned; raises UnknownCell if one of the requests has
-        none.
+        Returns (round, scope) -> records concerned, none where all of them still wait; raises
+        UnknownCell if the site has no record under one of the requests.
         """
         chosen: dict[Place, frozenset[str]] = {}
         for request, places in zip(requests, self.concerned(*requests), strict=True):
-            if not places:
+            if not places and not self.holds(request):
                 forget.concerned(self.store, request)
             for place, records in places.items():
                 chosen[place] = chosen.get(place, frozenset()) | records

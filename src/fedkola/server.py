@@ -706,7 +706,8 @@ def _earlier(
 
 
 def _given(federation: Federation, requests: Sequence[Request]) -> Given:
-    """What every site takes back; raises UnknownCell if a request concerns nothing at all."""
+    """What every site takes back, nothing where records still wait for their cell; raises
+    UnknownCell if nobody has a record under a request."""
     given: dict[str, dict[Place, frozenset[str]]] = {}
     met: set[str] = set()
     for name, site in federation.sites.items():
@@ -717,11 +718,11 @@ def _given(federation: Federation, requests: Sequence[Request]) -> Given:
                 own = given.setdefault(name, {})
                 own[place] = own.get(place, frozenset()) | records
     for request in requests:
-        if request.id not in met:
+        if request.id not in met and not any(s.holds(request) for s in federation.sites.values()):
             who = f"site {request.site}" if request.site else "every site"
             raise UnknownCell(
-                f"{who} contributed nothing for {request.subject}; check the identifier as it "
-                "stands in the sites' data"
+                f"{who} has no record for {request.subject}; check the identifier as it stands in "
+                "the sites' data"
             )
     return given
 
@@ -802,10 +803,11 @@ def _roster(federation: Federation, number: int, requests: Sequence[Request]) ->
 
 
 def _closed(state: BankState, requests: Sequence[Request]) -> BankState:
-    """Labels and modules that were forgotten everywhere are retired."""
+    """Labels and modules that were forgotten everywhere are retired, where they were opened."""
     bank, number = state.bank, state.number
+    opened = {entry.code for entry in bank.labels}
     for request in requests:
-        if request.kind == "label" and not request.site:
+        if request.kind == "label" and not request.site and request.name in opened:
             bank = banks.retire(bank, request.name, valid_to=float(number))
         if request.kind == "module" and not request.site:
             for module in [m.id for m in bank.modules if m.scope == request.name]:

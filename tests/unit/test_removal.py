@@ -164,7 +164,7 @@ def test_the_cells_of_a_forgotten_module_are_revoked(federation: small.Federatio
         (
             Request(kind="window", name="9"),
             UnknownCell,
-            "every site contributed nothing for window '9'",
+            "every site has no record for window '9'",
         ),
         (Request(kind="label", site="north", name="bone-3"), UnknownCell, "label 'bone-3'"),
     ],
@@ -448,6 +448,34 @@ def test_three_sites_are_ripe_only_where_they_share_every_cell():
     assert forget.ripe(everyone, least=3) == ({"e"}, {})
 
 
+def test_records_that_still_wait_for_their_cell_are_forgotten_too(tmp_path: Path):
+    # Only two sites have met "bone" by round 3, so it waits there.
+    sites = small.data()
+    for site in ("north", "south", "east"):
+        held = sites[site]
+        windows = [
+            4 if label.startswith("bone") else window
+            for label, window in zip(held.labels, held.windows, strict=True)
+        ]
+        sites[site] = replace(held, windows=tuple(windows))
+    gone = next(label for label in sites["west"].labels if label.startswith("bone"))
+    federation = small.assemble(tmp_path / "with", *FAST, "run.rounds=3", sites=sites)
+    state = small.run(federation)
+    assert state.parked["bone"] > 0
+    (receipt,) = removed(federation, Request(kind="label", name=gone))
+    assert (receipt.cells, receipt.records) == ((), 0)
+    state = state_of(federation)
+    after = federation.algorithm.round(4, state, small.SITES, federation.clients)
+    never = {
+        site: data.take([i for i, label in enumerate(data.labels) if label != gone])
+        for site, data in sites.items()
+    }
+    other = small.assemble(tmp_path / "never", *FAST, "run.rounds=3", sites=never)
+    clean = other.algorithm.round(4, small.run(other), small.SITES, other.clients)
+    assert any(cell.about.module == "bone@1" for cell in after.bank.cells)
+    assert small.cells(after) == small.cells(clean)
+
+
 # --- before it is done ----------------------------------------------------------------------------
 
 
@@ -467,7 +495,7 @@ def test_what_is_foreseen_is_what_the_receipt_then_says(tmp_path: Path):
     assert all(step.asked == 5 and step.sites == 1 for step in steps)
     assert {step.retrained for step in steps if step.kind == "lora"} == {1}
     assert all(step.bytes_up > 0 for step in steps)
-    with Ledger.open(tmp_path) as ledger, pytest.raises(UnknownCell, match="contributed nothing"):
+    with Ledger.open(tmp_path) as ledger, pytest.raises(UnknownCell, match="has no record"):
         server.foresee(federation, ledger, Request(kind="patient", site="north", name="nobody"))
 
 
