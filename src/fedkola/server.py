@@ -457,7 +457,7 @@ def waiting(federation: Federation, ledger: Ledger) -> tuple[Waiting, ...]:
 def foresee(federation: Federation, ledger: Ledger, request: Request) -> tuple[Foreseen, ...]:
     """The cells that a request concerns, with class and cost; nothing is accepted or changed.
 
-    Raises UnknownCell if it concerns nothing that was contributed.
+    Raises UnknownCell if nobody has a record under it.
     """
     asked = _addressed(federation, request)
     state, _ = load_state(federation, ledger)
@@ -730,7 +730,7 @@ def _given(federation: Federation, requests: Sequence[Request]) -> Given:
 def _accept(federation: Federation, requests: Sequence[Request]) -> Given:
     given = _given(federation, requests)
     for name, site in federation.sites.items():
-        mine = [r for r, found in _mine(site, name, requests) if found]
+        mine = [r for r, found in _mine(site, name, requests) if found or site.holds(r)]
         if mine:
             site.post(*mine)
     return given
