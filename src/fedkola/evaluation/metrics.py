@@ -21,6 +21,11 @@ def backward_transfer(r: Matrix) -> float:
     return _mean(seen[-1] - seen[0] for seen in _columns(r))
 
 
+def plasticity(r: Matrix) -> float:
+    """mean_k R[t_k, k]: how well a scope is known in the window in which it arrives."""
+    return _mean(seen[0] for seen in _columns(r))
+
+
 def excess_forgetting(r: Matrix, joint: Sequence[float | None]) -> float:
     """mean_k ( J[T, k] - R[T, k] ): what the same model class trained jointly would have kept."""
     last = r[-1]
