@@ -17,9 +17,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from fedkola.algorithms import window
 from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.setting import Setting
-from fedkola.knowledge import journal, statistics
+from fedkola.knowledge import statistics
 from fedkola.knowledge.statistics import COUNTS, GRAM, SUMS
 from fedkola.knowledge.views import ridge
 from fedkola.types import (
@@ -114,20 +115,9 @@ class AFCL:
 
     def add(self, client: Client, asked: Broadcast) -> Update:
         """The statistics of the records that have arrived and were in no earlier round."""
-        data = journal.pending(client.store, client.knowledge.until(asked.round), round=asked.round)
+        data = window.pending(client, asked)
         z = client.features(data)
-        journal.write(
-            client.store,
-            journal.Entry(
-                round=asked.round,
-                scope=SCOPE,
-                records=data.records,
-                patients=data.patients,
-                labels=data.labels,
-                windows=data.windows,
-                z=z,
-            ),
-        )
+        window.note(client, asked, data, SCOPE, z)
         position = {code: i for i, code in enumerate(client.catalogue.codes())}
         addend = statistics.analytic(
             z,

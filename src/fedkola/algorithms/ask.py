@@ -11,12 +11,14 @@ LOCAL = {"wire": False}
 """Metadata of a field that stays at the server: not a hyper-parameter, never broadcast."""
 
 
-class _Dataclass(Protocol):
+class Asker(Protocol):
+    """An algorithm: a dataclass whose fields are its hyper-parameters."""
+
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
 
 def ask(
-    algorithm: _Dataclass | Spec,
+    algorithm: Asker | Spec,
     step: str,
     number: int,
     tensors: Weights,
@@ -39,7 +41,7 @@ def ask(
     return Broadcast(round=number, step=step, tensors=tensors, grid=grid, algorithm=named)
 
 
-def spec(algorithm: _Dataclass) -> Spec:
+def spec(algorithm: Asker) -> Spec:
     """Class name and hyper-parameters: all that a site needs to rebuild the client half."""
     values: dict[str, Scalar] = {"name": type(algorithm).__name__}
     for f in fields(algorithm):

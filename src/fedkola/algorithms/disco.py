@@ -20,7 +20,8 @@ from torch.nn.functional import normalize
 
 from fedkola.algorithms import routed, window
 from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.learn import average, taught
+from fedkola.algorithms.setting import Setting, training
 from fedkola.types import (
     Broadcast,
     Client,
@@ -33,7 +34,6 @@ from fedkola.types import (
     Visibility,
     Weights,
 )
-from fedkola.wire import mean
 
 SUMS, COUNTS, OWNER, CLUSTER = "sums", "counts", "owner", "cluster"
 
@@ -69,10 +69,7 @@ class DISCO:
     def of(cls, setting: Setting) -> Self:
         a = setting.plan.algorithm
         return cls(
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             exchanges=a.exchanges,
             threshold=a.threshold,
             temperature=a.temperature,
@@ -97,7 +94,8 @@ class DISCO:
             old = state.clusters[place].weights if place < len(state.clusters) else state.weights
             members = [i for i in range(len(there)) if (owner[i] == place).any()]
             sites = tuple(there[i] for i in members)
-            trained = self._train(number, old, owner[members], place, sites, clients)
+            beside = {OWNER: owner[members], CLUSTER: torch.tensor(place)}
+            trained, _ = average(self, number, old, sites, clients, beside=beside)
             cluster = Cluster(sums=means[place], weights=trained)
             kept = (*state.clusters[:place], cluster, *state.clusters[place + 1 :])
             state = replace(state, clusters=kept)
@@ -123,24 +121,6 @@ class DISCO:
         whole = routed.slots([cluster.weights for cluster in state.clusters])
         return reader.losses(whole, prompts, texts, gate=weights)
 
-    def _train(
-        self,
-        number: int,
-        weights: Weights,
-        owner: Tensor,
-        place: int,
-        sites: Cohort,
-        clients: Clients,
-    ) -> Weights:
-        """``exchanges`` of federated averaging among the sites of one cluster."""
-        scale = dict.fromkeys(weights, 16)
-        for exchange in range(self.exchanges):
-            tensors = {**weights, OWNER: owner, CLUSTER: torch.tensor(place)}
-            asked = ask(self, "train", number, tensors, word=32, scale=scale)
-            step = mean(clients.sum(sites, replace(asked, seed=exchange)))
-            weights = {name: old + step[name] for name, old in weights.items()}
-        return weights
-
     def steps(self) -> Steps:
         return {"describe": self.describe, "train": self.train}
 
@@ -159,18 +139,7 @@ class DISCO:
         own = asked.tensors[OWNER][asked.cohort.index(client.name)] == place
         data = self._chosen(client, asked, own)
         weights = {k: v for k, v in asked.tensors.items() if k not in (OWNER, CLUSTER)}
-        trained = client.fit(
-            weights,
-            data,
-            steps=window.num_steps(data, epochs=self.epochs, batch=self.batch),
-            batch=self.batch,
-            lr=self.lr,
-            seed=asked.seed,
-            classes=client.catalogue.nodes(self.level),
-        )
-        window.note(client, asked, data, f"disco/{place}")
-        changes = {name: len(data) * (trained[name] - old) for name, old in weights.items()}
-        return Update(client=client.name, tensors=changes, weight=len(data))
+        return taught(self, client, asked, data, weights, scope=f"disco/{place}")
 
     def _chosen(self, client: Client, asked: Broadcast, own: Tensor) -> Dataset:
         data = window.pending(client, asked)

@@ -10,14 +10,14 @@ last weights: an anchor for each earlier round would count its data more than on
 Use it where knowledge comes in turns and nothing old may be kept at all.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
 
 from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.learn import change, layers, learn, learnt
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.learn import average, change, layers, learn, learnt
+from fedkola.algorithms.setting import Setting, training
 from fedkola.knowledge import basis
 from fedkola.types import (
     Broadcast,
@@ -64,10 +64,7 @@ class EWC:
             basis_seed=setting.plan.knowledge.basis_seed,
             penalty=a.penalty,
             sample=a.sample,
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             exchanges=a.exchanges,
         )
 
@@ -84,11 +81,7 @@ class EWC:
         anchor = {ANCHOR + name: state.weights[name] for name in state.fisher}
         fisher = {FISHER + name: value for name, value in state.fisher.items()}
         free = {name: state.weights[name] for name in state.fisher}
-        for exchange in range(self.exchanges):
-            said = {**free, **anchor, **fisher}
-            asked = ask(self, "train", number, said, scale=dict.fromkeys(free, 16))
-            step = mean(clients.sum(cohort, replace(asked, seed=exchange)))
-            free = {name: old + step[name] for name, old in free.items()}
+        free, _ = average(self, number, free, cohort, clients, beside={**anchor, **fisher})
         # Squared gradients span many orders of magnitude, hence the wide words.
         asked = ask(self, "weigh", number, free, word=64, scale=dict.fromkeys(free, 30))
         found = mean(clients.sum(cohort, asked))

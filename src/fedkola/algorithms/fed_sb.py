@@ -17,8 +17,8 @@ from typing import ClassVar, Self
 import torch
 
 from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.learn import change, ending, layers, learn
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.learn import change, ending, layers, learn, product_addends
+from fedkola.algorithms.setting import Setting, training
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
 from fedkola.wire import WEIGHT, mean
 
@@ -45,10 +45,7 @@ class FedSB:
     def of(cls, setting: Setting) -> Self:
         a = setting.plan.algorithm
         return cls(
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             core=a.core,
             exchanges=a.exchanges,
         )
@@ -81,11 +78,7 @@ class FedSB:
         """The weighted product of an ordinary adapter's factors, and the head's change."""
         trained, count = learn(self, client, asked, asked.tensors)
         update = change(client, _head(asked.tensors), trained, count)
-        products = {
-            f"{layer}.product": count * (trained[f"{layer}.lora_B"] @ trained[f"{layer}.lora_A"])
-            for layer in layers(trained)
-        }
-        return replace(update, tensors={**update.tensors, **products})
+        return replace(update, tensors={**update.tensors, **product_addends(trained, count)})
 
     def train(self, client: Client, asked: Broadcast) -> Update:
         """The weighted change of cores and head."""

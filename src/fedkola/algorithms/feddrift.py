@@ -26,7 +26,8 @@ from torch import Tensor
 from fedkola import wire
 from fedkola.algorithms import routed, window
 from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.learn import change, fit
+from fedkola.algorithms.setting import Setting, training
 from fedkola.knowledge import journal
 from fedkola.types import (
     Broadcast,
@@ -82,10 +83,7 @@ class FedDrift:
     def of(cls, setting: Setting) -> Self:
         a = setting.plan.algorithm
         return cls(
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             threshold=a.threshold,
             exchanges=a.exchanges,
             width=setting.width,
@@ -179,20 +177,12 @@ class FedDrift:
         data = window.pending(client, asked)
         if _chosen(client.store).get(asked.round) != int(asked.tensors[MODULE]):
             data = data.take([])
-        trained = client.fit(
-            weights,
-            data,
-            steps=window.num_steps(data, epochs=self.epochs, batch=self.batch),
-            batch=self.batch,
-            lr=self.lr,
-            seed=asked.seed,
-            classes=client.catalogue.nodes(self.level),
-        )
+        trained = fit(self, client, data, weights, seed=asked.seed)
         if len(data):
             window.note(client, asked, data, SCOPE)
-        changes = {name: len(data) * (trained[name] - old) for name, old in weights.items()}
-        changes[SUMS] = client.features(data).sum(0, dtype=torch.int64)
-        return Update(client=client.name, tensors=changes, weight=len(data))
+        sums = client.features(data).sum(0, dtype=torch.int64)
+        moved = change(client, weights, trained, len(data))
+        return replace(moved, tensors={**moved.tensors, SUMS: sums})
 
     def compare(self, client: Client, asked: Broadcast) -> Update:
         """Loss sums (M, M) and sizes (M,): row i is this site's data of module i under each j.

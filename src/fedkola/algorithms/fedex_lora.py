@@ -16,8 +16,8 @@ from typing import ClassVar, Self
 import torch
 
 from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.learn import change, layers, learn
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.learn import change, layers, learn, product_addends
+from fedkola.algorithms.setting import Setting, training
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
 from fedkola.wire import WEIGHT, mean
 
@@ -43,10 +43,7 @@ class FedExLoRA:
     def of(cls, setting: Setting) -> Self:
         a = setting.plan.algorithm
         return cls(
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             scale=setting.scale,
             exchanges=a.exchanges,
         )
@@ -87,8 +84,4 @@ class FedExLoRA:
         free = {name: v for name, v in asked.tensors.items() if name not in base}
         trained, count = learn(self, client, asked, free, pinned=base)
         update = change(client, free, trained, count)
-        products = {
-            f"{layer}.product": count * (trained[f"{layer}.lora_B"] @ trained[f"{layer}.lora_A"])
-            for layer in layers(trained)
-        }
-        return replace(update, tensors={**update.tensors, **products})
+        return replace(update, tensors={**update.tensors, **product_addends(trained, count)})

@@ -7,14 +7,13 @@ The mean of factors is not the mean of products: sum p B_k A_k - B A = sum p (B_
 Use it for knowledge that is alike at all sites and still; it has one adapter for everything.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
-from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.learn import change, learn
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.ask import LOCAL
+from fedkola.algorithms.learn import average, change, learn
+from fedkola.algorithms.setting import Setting, training
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
-from fedkola.wire import mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,21 +35,15 @@ class FedIT:
     @classmethod
     def of(cls, setting: Setting) -> Self:
         a = setting.plan.algorithm
-        return cls(
-            epochs=a.epochs, batch=a.batch, lr=a.lr, level=setting.level, exchanges=a.exchanges
-        )
+        return cls(**training(setting), exchanges=a.exchanges)
 
     def start(self, weights: Weights) -> State:
         return State(weights=weights)
 
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
         """``exchanges`` times: everyone trains on its new records, the changes are averaged."""
-        scale = dict.fromkeys(state.weights, 16)
-        for exchange in range(self.exchanges):
-            asked = ask(self, "train", number, dict(state.weights), word=32, scale=scale)
-            step = mean(clients.sum(cohort, replace(asked, seed=exchange)))
-            state = State(weights={name: old + step[name] for name, old in state.weights.items()})
-        return state
+        weights, _ = average(self, number, state.weights, cohort, clients)
+        return State(weights=weights)
 
     def steps(self) -> Steps:
         return {"train": self.train}

@@ -8,15 +8,14 @@ from a public seed at both ends (rows of a random orthogonal matrix), so it neve
 round costs half of FedIT's bytes. Use it where exact averages matter more than what A could learn.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
-from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.learn import change, layers, learn
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.ask import LOCAL
+from fedkola.algorithms.learn import average, change, layers, learn
+from fedkola.algorithms.setting import Setting, training
 from fedkola.knowledge import basis
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
-from fedkola.wire import mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +42,7 @@ class FFALoRA:
         return cls(
             rank=a.rank,
             basis_seed=setting.plan.knowledge.basis_seed,
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             exchanges=a.exchanges,
         )
 
@@ -56,13 +52,9 @@ class FFALoRA:
 
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
         """``exchanges`` times: everyone trains B and head, the changes are averaged."""
-        for exchange in range(self.exchanges):
-            free = {n: v for n, v in state.weights.items() if not n.endswith(".lora_A")}
-            asked = ask(self, "train", number, free, scale=dict.fromkeys(free, 16))
-            step = mean(clients.sum(cohort, replace(asked, seed=exchange)))
-            moved = {name: old + step[name] for name, old in free.items()}
-            state = State(weights={**state.weights, **moved})
-        return state
+        free = {n: v for n, v in state.weights.items() if not n.endswith(".lora_A")}
+        moved, _ = average(self, number, free, cohort, clients)
+        return State(weights={**state.weights, **moved})
 
     def steps(self) -> Steps:
         return {"train": self.train}

@@ -18,7 +18,7 @@ import torch
 
 from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.learn import change, ending, layers, learn
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.setting import Setting, training
 from fedkola.training.adapters import combine, fresh
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
 
@@ -46,10 +46,7 @@ class FLoRA:
         a = setting.plan.algorithm
         return cls(
             rank=a.rank,
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             scale=setting.scale,
             exchanges=a.exchanges,
         )

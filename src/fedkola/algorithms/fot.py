@@ -24,7 +24,8 @@ from torch import Tensor
 from fedkola import wire
 from fedkola.algorithms import window
 from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.learn import taught
+from fedkola.algorithms.setting import Setting, training
 from fedkola.algorithms.window import A
 from fedkola.errors import Incompatible
 from fedkola.training.adapters import combine
@@ -72,10 +73,7 @@ class FOT:
                 "to protect; give more than 0 and at most 1"
             )
         return cls(
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             scale=setting.scale,
             core=a.core,
             sketch_seed=setting.plan.run.seed,
@@ -84,9 +82,7 @@ class FOT:
         )
 
     def start(self, weights: Weights) -> State:
-        adapter = window.factors(weights)
-        head = {name: value for name, value in weights.items() if name not in adapter}
-        return State(head=head, shapes=adapter)
+        return State(head=window.head(weights), shapes=window.factors(weights))
 
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
         """Train outside U, freeze what was learnt, then let U grow by the window's inputs."""
@@ -103,9 +99,8 @@ class FOT:
             current = outside(moved, state.basis)
         if not records:
             return state
-        adapter = window.factors(current)
-        past = combine([*([(state.past, 1.0)] if state.past else []), (adapter, 1.0)])
-        head = {name: value for name, value in current.items() if name not in adapter}
+        parts = [(state.past, 1.0)] if state.past else []
+        past = combine([*parts, (window.factors(current), 1.0)])
         seen = self._sketch(number, past, cohort, clients)
         basis = {
             layer: extended(
@@ -117,7 +112,7 @@ class FOT:
             )
             for layer in window.layers(past)
         }
-        return replace(state, past=past, head=head, basis=basis)
+        return replace(state, past=past, head=window.head(current), basis=basis)
 
     def _sketch(
         self, number: int, past: Weights, cohort: Cohort, clients: Clients
@@ -133,21 +128,15 @@ class FOT:
     def train(self, client: Client, asked: Broadcast) -> Update:
         """The weighted change of the current adapter and head on top of the frozen past."""
         past = window.under(PAST, asked.tensors)
-        current = {k: v for k, v in asked.tensors.items() if not k.startswith(f"{PAST}/")}
-        data = window.pending(client, asked)
-        trained = client.fit(
-            current,
-            data,
-            steps=window.num_steps(data, epochs=self.epochs, batch=self.batch),
-            batch=self.batch,
-            lr=self.lr,
-            seed=asked.seed,
-            classes=client.catalogue.nodes(self.level),
+        return taught(
+            self,
+            client,
+            asked,
+            window.pending(client, asked),
+            window.beside(PAST, asked.tensors),
+            scope=SCOPE,
             pinned=window.shifts(past, scale=self.scale),
         )
-        window.note(client, asked, data, SCOPE)
-        changes = {name: len(data) * (trained[name] - old) for name, old in current.items()}
-        return Update(client=client.name, tensors=changes, weight=len(data))
 
     def sketch(self, client: Client, asked: Broadcast) -> Update:
         """Sketch and trace of the Gram of each adapted layer's inputs on this round's records."""

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from fedkola.algorithms import routed, window
 from fedkola.algorithms.ask import ask
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.learn import fit
+from fedkola.algorithms.setting import Setting, training
 from fedkola.types import (
     Broadcast,
     Client,
@@ -70,10 +71,7 @@ class HPFL:
     def of(cls, setting: Setting) -> Self:
         a = setting.plan.algorithm
         return cls(
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             exchanges=a.exchanges,
             noise=a.noise,
         )
@@ -122,16 +120,8 @@ class HPFL:
     def plug(self, client: Client, asked: Broadcast) -> Update:
         """The change of all weights by training on new records alone, and their marker."""
         data = window.pending(client, asked)
-        epochs = self.epochs * self.exchanges
-        trained = client.fit(
-            asked.tensors,
-            data,
-            steps=window.num_steps(data, epochs=epochs, batch=self.batch),
-            batch=self.batch,
-            lr=self.lr,
-            seed=asked.seed,
-            classes=client.catalogue.nodes(self.level),
-        )
+        whole = replace(self, epochs=self.epochs * self.exchanges)
+        trained = fit(whole, client, data, asked.tensors, seed=asked.seed)
         window.note(client, asked, data, SCOPE)
         changes = {name: trained[name] - old for name, old in asked.tensors.items()}
         seed = _seed(asked.seed, client.name)

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 from fedkola.algorithms.ask import ask
 from fedkola.algorithms.learn import change, fit
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.setting import Setting, training
 from fedkola.errors import Incompatible
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
 from fedkola.wire import mean
@@ -35,8 +35,7 @@ class Joint:
 
     @classmethod
     def of(cls, setting: Setting) -> Self:
-        a = setting.plan.algorithm
-        return cls(epochs=a.epochs, batch=a.batch, lr=a.lr, level=setting.level)
+        return cls(**training(setting))
 
     def start(self, weights: Weights) -> State:
         return State(weights=weights)

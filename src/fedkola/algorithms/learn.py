@@ -1,17 +1,20 @@
-"""One site's part in the iterated baselines: train on records not used before, note them.
+"""What iterated baselines share: sites train on records not used before, changes are averaged.
 
 Baselines differ in what is trained, what stays pinned and what becomes of the result; that stands
 in their own files.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
 from fedkola.algorithms import window
+from fedkola.algorithms.ask import Asker, ask
 from fedkola.knowledge import journal
-from fedkola.types import Broadcast, Client, Dataset, Penalty, Update, Weights
+from fedkola.types import Broadcast, Client, Clients, Cohort, Dataset, Penalty, Update, Weights
+from fedkola.wire import WEIGHT, mean
 
 SCOPE = "model"
 
@@ -27,6 +30,38 @@ class Recipe(Protocol):
     def lr(self) -> float: ...
     @property
     def level(self) -> int: ...
+
+
+class Averaging(Asker, Protocol):
+    """A method that averages its sites' changes this many times a round."""
+
+    @property
+    def exchanges(self) -> int: ...
+
+
+def average(
+    algorithm: Averaging,
+    number: int,
+    weights: Weights,
+    cohort: Cohort,
+    clients: Clients,
+    *,
+    beside: Weights | None = None,
+) -> tuple[dict[str, torch.Tensor], int]:
+    """Federated averaging: the step "train" is asked for changes of ``weights``, again and again.
+
+    ``beside`` is said with them and stays as it is. Returns the weights, and how many records
+    they were trained on, each counted once an exchange.
+    """
+    current, records = dict(weights), 0
+    scale = dict.fromkeys(current, 16)
+    for exchange in range(algorithm.exchanges):
+        asked = ask(algorithm, "train", number, {**current, **(beside or {})}, scale=scale)
+        total = clients.sum(cohort, replace(asked, seed=exchange))
+        records += int(total.words[WEIGHT])
+        step = mean(total)
+        current = {name: old + step[name] for name, old in current.items()}
+    return current, records
 
 
 def learn(
@@ -52,6 +87,23 @@ def learn(
     trained = fit(recipe, client, data, weights, seed=asked.seed, pinned=pinned, penalty=penalty)
     window.note(client, asked, new, SCOPE)
     return trained, len(data)
+
+
+def taught(
+    recipe: Recipe,
+    client: Client,
+    asked: Broadcast,
+    data: Dataset,
+    weights: Weights,
+    *,
+    scope: str,
+    pinned: Weights | None = None,
+    penalty: Penalty | None = None,
+) -> Update:
+    """The weighted change of ``weights`` by training on ``data``, noted as used for ``scope``."""
+    trained = fit(recipe, client, data, weights, seed=asked.seed, pinned=pinned, penalty=penalty)
+    window.note(client, asked, data, scope)
+    return change(client, weights, trained, len(data))
 
 
 def fit(
@@ -90,6 +142,14 @@ def change(client: Client, old: Weights, new: Weights, count: int) -> Update:
     """The addend of a mean by records: n_k times how far each tensor has moved."""
     moved = {name: count * (new[name] - value) for name, value in old.items()}
     return Update(client=client.name, tensors=moved, weight=count)
+
+
+def product_addends(trained: Weights, count: int) -> dict[str, torch.Tensor]:
+    """``{layer}.product``: n_k B_k A_k of every layer, whose mean is not that of the factors."""
+    return {
+        f"{layer}.product": count * (trained[f"{layer}.lora_B"] @ trained[f"{layer}.lora_A"])
+        for layer in layers(trained)
+    }
 
 
 def ending(weights: Weights, *ends: str) -> dict[str, torch.Tensor]:

@@ -22,7 +22,8 @@ from torch import Tensor
 from fedkola import wire
 from fedkola.algorithms import window
 from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.learn import change, fit
+from fedkola.algorithms.setting import Setting, training
 from fedkola.algorithms.window import A, B
 from fedkola.knowledge.statistics import pack, unpack
 from fedkola.types import (
@@ -73,19 +74,14 @@ class LoRM:
     def of(cls, setting: Setting) -> Self:
         a = setting.plan.algorithm
         return cls(
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             scale=setting.scale,
             exchanges=a.exchanges,
             seed=setting.plan.run.seed,
         )
 
     def start(self, weights: Weights) -> State:
-        adapter = window.factors(weights)
-        head = {name: value for name, value in weights.items() if name not in adapter}
-        return State(head=head, shapes=adapter)
+        return State(head=window.head(weights), shapes=window.factors(weights))
 
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
         """Train the factors in turn, merge each in closed form, then merge with past windows."""
@@ -120,8 +116,7 @@ class LoRM:
     ) -> Aggregate:
         ends = (PRODUCT, GRAM)
         names = [layer + end for layer in window.layers(tensors) for end in ends]
-        head = [name for name in tensors if not name.endswith((A, B))]
-        scale = {**dict.fromkeys(names, FRACTION), **dict.fromkeys(head, FRACTION)}
+        scale = dict.fromkeys([*names, *window.head(tensors)], FRACTION)
         step = "train_b" if moving == B else "train_a"
         asked = ask(self, step, number, tensors, word=64, scale=scale)
         return clients.sum(cohort, replace(asked, seed=exchange))
@@ -173,23 +168,9 @@ class LoRM:
         """The weighted change of the head alone, and all that was trained."""
         data = window.pending(client, asked)
         weights = {name: v for name, v in asked.tensors.items() if name not in pinned}
-        trained = client.fit(
-            weights,
-            data,
-            steps=window.num_steps(data, epochs=self.epochs, batch=self.batch),
-            batch=self.batch,
-            lr=self.lr,
-            seed=asked.seed,
-            classes=client.catalogue.nodes(self.level),
-            pinned=pinned,
-        )
+        trained = fit(self, client, data, weights, seed=asked.seed, pinned=pinned)
         window.note(client, asked, data, SCOPE)
-        changes = {
-            name: len(data) * (trained[name] - old)
-            for name, old in weights.items()
-            if not name.endswith((A, B))
-        }
-        return Update(client=client.name, tensors=changes, weight=len(data)), trained
+        return change(client, window.head(weights), trained, len(data)), trained
 
 
 def merged(sums: Weights, adapter: Weights, *, moving: str) -> dict[str, Tensor]:

@@ -16,10 +16,10 @@ from typing import ClassVar, Self
 
 from torch import Tensor
 
-from fedkola import wire
 from fedkola.algorithms import window
-from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.ask import LOCAL
+from fedkola.algorithms.learn import average, taught
+from fedkola.algorithms.setting import Setting, training
 from fedkola.algorithms.window import A
 from fedkola.training.adapters import combine
 from fedkola.types import (
@@ -67,10 +67,7 @@ class OLoRA:
     def of(cls, setting: Setting) -> Self:
         a = setting.plan.algorithm
         return cls(
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             scale=setting.scale,
             penalty=a.penalty,
             exchanges=a.exchanges,
@@ -78,30 +75,18 @@ class OLoRA:
         )
 
     def start(self, weights: Weights) -> State:
-        adapter = window.factors(weights)
-        head = {name: value for name, value in weights.items() if name not in adapter}
-        return State(head=head, shapes=adapter)
+        return State(head=window.head(weights), shapes=window.factors(weights))
 
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
         """Train a fresh adapter beside the old ones; a window without new records adds none."""
-        current = {**window.fresh(state.shapes, seed=self.seed, number=number), **state.head}
-        scale, records = dict.fromkeys(current, 16), 0.0
-        for exchange in range(self.exchanges):
-            tensors = {**current, **window.prefixed(PAST, state.past)}
-            asked = ask(self, "train", number, tensors, word=32, scale=scale)
-            total = clients.sum(cohort, replace(asked, seed=exchange))
-            records += float(wire.reals(total)[wire.WEIGHT])
-            step = wire.mean(total)
-            current = {name: old + step[name] for name, old in current.items()}
+        fresh = window.fresh(state.shapes, seed=self.seed, number=number)
+        start, past = {**fresh, **state.head}, window.prefixed(PAST, state.past)
+        current, records = average(self, number, start, cohort, clients, beside=past)
         if not records:
             return state
-        adapter = window.factors(current)
         parts = [(state.past, 1.0)] if state.past else []
-        return replace(
-            state,
-            past=combine([*parts, (adapter, 1.0)]),
-            head={name: value for name, value in current.items() if name not in adapter},
-        )
+        past = combine([*parts, (window.factors(current), 1.0)])
+        return replace(state, past=past, head=window.head(current))
 
     def steps(self) -> Steps:
         return {"train": self.train}
@@ -109,22 +94,16 @@ class OLoRA:
     def train(self, client: Client, asked: Broadcast) -> Update:
         """The weighted change of the current adapter and head, held apart from the past ones."""
         past = window.under(PAST, asked.tensors)
-        current = {k: v for k, v in asked.tensors.items() if not k.startswith(f"{PAST}/")}
-        data = window.pending(client, asked)
-        trained = client.fit(
-            current,
-            data,
-            steps=window.num_steps(data, epochs=self.epochs, batch=self.batch),
-            batch=self.batch,
-            lr=self.lr,
-            seed=asked.seed,
-            classes=client.catalogue.nodes(self.level),
+        return taught(
+            self,
+            client,
+            asked,
+            window.pending(client, asked),
+            window.beside(PAST, asked.tensors),
+            scope=SCOPE,
             pinned=window.shifts(past, scale=self.scale),
             penalty=apart(past, strength=self.penalty),
         )
-        window.note(client, asked, data, SCOPE)
-        changes = {name: len(data) * (trained[name] - old) for name, old in current.items()}
-        return Update(client=client.name, tensors=changes, weight=len(data))
 
 
 def apart(past: Mapping[str, Tensor], *, strength: float) -> Penalty | None:

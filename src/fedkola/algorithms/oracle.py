@@ -16,10 +16,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from fedkola import wire
 from fedkola.algorithms import routed, window
 from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.learn import average, taught
+from fedkola.algorithms.setting import Setting, training
 from fedkola.types import (
     Broadcast,
     Client,
@@ -58,10 +58,7 @@ class Oracle:
     def of(cls, setting: Setting) -> Self:
         a = setting.plan.algorithm
         return cls(
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             exchanges=a.exchanges,
             scopes=setting.catalogue.scopes(),
         )
@@ -75,14 +72,9 @@ class Oracle:
         counts = clients.sum(cohort, asked).words[COUNTS]
         modules = dict(state.modules)
         for index in torch.nonzero(counts).flatten().tolist():
-            weights = dict(modules.get(self.scopes[index], state.weights))
-            scale = dict.fromkeys(weights, 16)
-            for exchange in range(self.exchanges):
-                tensors = {**weights, MODULE: torch.tensor(index)}
-                asked = ask(self, "train", number, tensors, word=32, scale=scale)
-                step = wire.mean(clients.sum(cohort, replace(asked, seed=exchange)))
-                weights = {name: old + step[name] for name, old in weights.items()}
-            modules[self.scopes[index]] = weights
+            scope, beside = self.scopes[index], {MODULE: torch.tensor(index)}
+            start = modules.get(scope, state.weights)
+            modules[scope], _ = average(self, number, start, cohort, clients, beside=beside)
         return replace(state, modules=modules)
 
     def routed(
@@ -118,18 +110,7 @@ class Oracle:
         index = int(asked.tensors[MODULE])
         data = _of_scope(client, window.pending(client, asked), index)
         weights = {name: v for name, v in asked.tensors.items() if name != MODULE}
-        trained = client.fit(
-            weights,
-            data,
-            steps=window.num_steps(data, epochs=self.epochs, batch=self.batch),
-            batch=self.batch,
-            lr=self.lr,
-            seed=asked.seed,
-            classes=client.catalogue.nodes(self.level),
-        )
-        window.note(client, asked, data, f"oracle/{index}")
-        changes = {name: len(data) * (trained[name] - old) for name, old in weights.items()}
-        return Update(client=client.name, tensors=changes, weight=len(data))
+        return taught(self, client, asked, data, weights, scope=f"oracle/{index}")
 
 
 def _of_scope(client: Client, data: Dataset, index: int) -> Dataset:

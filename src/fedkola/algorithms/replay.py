@@ -13,17 +13,16 @@ stored, so a record that the site was asked to forget is not rehearsed again.
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
 
-from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.learn import change, learn, learnt
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.ask import LOCAL
+from fedkola.algorithms.learn import average, change, learn, learnt
+from fedkola.algorithms.setting import Setting, training
 from fedkola.errors import DataError
 from fedkola.knowledge import journal
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
-from fedkola.wire import mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +47,7 @@ class Replay:
         a = setting.plan.algorithm
         return cls(
             buffer=a.buffer,
-            epochs=a.epochs,
-            batch=a.batch,
-            lr=a.lr,
-            level=setting.level,
+            **training(setting),
             exchanges=a.exchanges,
         )
 
@@ -60,12 +56,8 @@ class Replay:
 
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
         """``exchanges`` times: everyone trains on new and kept records, changes are averaged."""
-        scale = dict.fromkeys(state.weights, 16)
-        for exchange in range(self.exchanges):
-            asked = ask(self, "train", number, state.weights, scale=scale)
-            step = mean(clients.sum(cohort, replace(asked, seed=exchange)))
-            state = State(weights={name: old + step[name] for name, old in state.weights.items()})
-        return state
+        weights, _ = average(self, number, state.weights, cohort, clients)
+        return State(weights=weights)
 
     def steps(self) -> Steps:
         return {"train": self.train}

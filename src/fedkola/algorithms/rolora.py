@@ -13,7 +13,7 @@ from typing import ClassVar, Self
 
 from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.learn import change, ending, learn
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.setting import Setting, training
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
 from fedkola.wire import mean
 
@@ -38,9 +38,7 @@ class RoLoRA:
     @classmethod
     def of(cls, setting: Setting) -> Self:
         a = setting.plan.algorithm
-        return cls(
-            epochs=a.epochs, batch=a.batch, lr=a.lr, level=setting.level, exchanges=a.exchanges
-        )
+        return cls(**training(setting), exchanges=a.exchanges)
 
     def start(self, weights: Weights) -> State:
         return State(weights=weights)

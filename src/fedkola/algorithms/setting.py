@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from fedkola.knowledge.views import Rule
 from fedkola.plan import Plan
@@ -28,6 +29,21 @@ class Setting:
     clip: float
     base: str = ""
     cold: Path | None = None
+
+
+class Training(TypedDict):
+    """How long and how fast sites train, and the level that the rows of the head stand for."""
+
+    epochs: float
+    batch: int
+    lr: float
+    level: int
+
+
+def training(setting: Setting) -> Training:
+    """The hyper-parameters that every method with local training has."""
+    a = setting.plan.algorithm
+    return Training(epochs=a.epochs, batch=a.batch, lr=a.lr, level=setting.level)
 
 
 def rule(plan: Plan) -> Rule:

@@ -11,16 +11,16 @@ of FedIT. Use it where tasks follow each other and memory must not grow with the
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from fedkola import wire
 from fedkola.algorithms import window
-from fedkola.algorithms.ask import LOCAL, ask
-from fedkola.algorithms.setting import Setting
+from fedkola.algorithms.ask import LOCAL
+from fedkola.algorithms.learn import average, taught
+from fedkola.algorithms.setting import Setting, training
 from fedkola.algorithms.window import A, B
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
 
@@ -48,24 +48,17 @@ class SLAO:
     @classmethod
     def of(cls, setting: Setting) -> Self:
         a = setting.plan.algorithm
-        return cls(
-            epochs=a.epochs, batch=a.batch, lr=a.lr, level=setting.level, exchanges=a.exchanges
-        )
+        return cls(**training(setting), exchanges=a.exchanges)
 
     def start(self, weights: Weights) -> State:
         return State(weights=weights, tuned=window.factors(weights))
 
     def round(self, number: int, state: State, cohort: Cohort, clients: Clients) -> State:
         """One window is one task; a window without new records is none."""
-        head = {name: v for name, v in state.weights.items() if name not in state.tuned}
-        current = {**(orthogonal(state.tuned) if state.tasks else state.tuned), **head}
-        scale, records = dict.fromkeys(current, 16), 0.0
-        for exchange in range(self.exchanges):
-            asked = ask(self, "train", number, current, word=32, scale=scale)
-            total = clients.sum(cohort, replace(asked, seed=exchange))
-            records += float(wire.reals(total)[wire.WEIGHT])
-            step = wire.mean(total)
-            current = {name: old + step[name] for name, old in current.items()}
+        start, head = state.tuned, window.head(state.weights)
+        if state.tasks:
+            start = orthogonal(start)
+        current, records = average(self, number, {**start, **head}, cohort, clients)
         if not records:
             return state
         tuned, task = window.factors(current), state.tasks + 1
@@ -77,18 +70,7 @@ class SLAO:
     def train(self, client: Client, asked: Broadcast) -> Update:
         """The weighted change of adapter and head by training on records not used before."""
         data = window.pending(client, asked)
-        trained = client.fit(
-            asked.tensors,
-            data,
-            steps=window.num_steps(data, epochs=self.epochs, batch=self.batch),
-            batch=self.batch,
-            lr=self.lr,
-            seed=asked.seed,
-            classes=client.catalogue.nodes(self.level),
-        )
-        window.note(client, asked, data, SCOPE)
-        changes = {name: len(data) * (trained[name] - old) for name, old in asked.tensors.items()}
-        return Update(client=client.name, tensors=changes, weight=len(data))
+        return taught(self, client, asked, data, asked.tensors, scope=SCOPE)
 
 
 def orthogonal(tuned: Weights) -> dict[str, Tensor]:

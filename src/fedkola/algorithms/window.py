@@ -21,7 +21,9 @@ def pending(client: Client, asked: Broadcast) -> Dataset:
     return journal.pending(client.store, client.knowledge.until(asked.round), round=asked.round)
 
 
-def note(client: Client, asked: Broadcast, data: Dataset, scope: str) -> None:
+def note(
+    client: Client, asked: Broadcast, data: Dataset, scope: str, z: Tensor | None = None
+) -> None:
     """Journal these records as used in this round, so that no later round uses them again."""
     journal.write(
         client.store,
@@ -32,7 +34,7 @@ def note(client: Client, asked: Broadcast, data: Dataset, scope: str) -> None:
             patients=data.patients,
             labels=data.labels,
             windows=data.windows,
-            z=torch.zeros(len(data), 0, dtype=torch.int16),
+            z=torch.zeros(len(data), 0, dtype=torch.int16) if z is None else z,
         ),
     )
 
@@ -51,6 +53,11 @@ def num_steps(data: Dataset, *, epochs: float, batch: int) -> int:
 def factors(weights: Weights) -> dict[str, Tensor]:
     """The LoRA factors among these tensors."""
     return {name: value for name, value in weights.items() if name.endswith((A, B))}
+
+
+def head(weights: Weights) -> dict[str, Tensor]:
+    """What is no LoRA factor among these tensors."""
+    return {name: value for name, value in weights.items() if not name.endswith((A, B))}
 
 
 def layers(weights: Weights) -> tuple[str, ...]:
@@ -111,3 +118,8 @@ def under(prefix: str, tensors: Weights) -> dict[str, Tensor]:
     """The tensors that ``prefixed`` put under this prefix, by their own names."""
     start = f"{prefix}/"
     return {name.removeprefix(start): v for name, v in tensors.items() if name.startswith(start)}
+
+
+def beside(prefix: str, tensors: Weights) -> dict[str, Tensor]:
+    """The tensors that are not under this prefix."""
+    return {name: v for name, v in tensors.items() if not name.startswith(f"{prefix}/")}
