@@ -183,8 +183,14 @@ def test_a_request_for_another_site_or_for_nobody_is_refused(federation: small.F
     with pytest.raises(DataError, match="this is north, the request is for south"):
         site.post(Request(kind="site", site="south"))
     with pytest.raises(UnknownCell):
-        site.post(Request(kind="patient", site="north", name="north-p3"))
+        site.post(Request(kind="patient", site="north", name="nobody"))
     assert len(site.knowledge.until(3)) == 30
+
+
+def test_records_that_were_never_asked_for_can_be_refused_for_good(federation: small.Federation):
+    site = federation.sites["north"]
+    assert site.post(Request(kind="patient", site="north", name="north-p3")) == {}
+    assert "north-p3" not in site.knowledge.until(3).patients
 
 
 def test_two_sites_train_from_different_seeds_and_each_repeats_its_own(
