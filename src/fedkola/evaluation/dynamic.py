@@ -15,7 +15,7 @@ from typing import Any
 from fedkola import server
 from fedkola.errors import UnknownName
 from fedkola.evaluation import cells as marks
-from fedkola.evaluation import machine, metrics, oneshot, scoring, tasks, verdicts
+from fedkola.evaluation import generative, machine, metrics, oneshot, scoring, tasks, verdicts
 from fedkola.evaluation.cells import Cells, Found, Note, Progress
 from fedkola.evaluation.demo import pooled
 from fedkola.evaluation.readout import adapted_accuracy
@@ -180,6 +180,8 @@ def measure(
         found |= {"moments": list(stream.windows), "texts": _texts(stream, found["concepts"])}
     if chosen.algorithm.name == "fedkola" and row.streamed:
         found |= _bank(federation, scorer, state, asked, window, found)
+    if stream.test.prompts:
+        found["text"] = generative.measure(federation, state, window)
     if row.pooled:
         found["readout"] = adapted_accuracy(federation, state.weights, untouched)
     return found
@@ -222,6 +224,8 @@ FIGURES: Mapping[str, Callable[[Found], float]] = {
     "plasticity": lambda cell: float(cell["plasticity"]),
     "lag": lambda cell: max((lag for lag in cell["lags"] if lag is not None), default=0.0),
     "stale": lambda cell: float(cell["stale"]["late"]),
+    "exact": lambda cell: float(cell["text"]["exact"]),
+    "perplexity": lambda cell: float(cell["text"]["perplexity"]),
     "megabytes": lambda cell: cell["bytes_up_per_site_window"] / 1e6,
     "cpu_s": lambda cell: float(cell["cpu_s"]),
 }
@@ -234,6 +238,8 @@ HEADS = {
     "plasticity": "when it arrives",
     "lag": "lag",
     "stale": "stale",
+    "exact": "exact match",
+    "perplexity": "perplexity",
     "megabytes": "MB up, site and window",
     "cpu_s": "CPU s",
 }

@@ -101,6 +101,11 @@ ROWS: Mapping[str, Row] = {
         settings=("algorithm.name=fedkola", "knowledge.features=8192"),
         about="the same with 8,192 features",
     ),
+    "fedkola-lora": Row(
+        settings=("algorithm.name=fedkola", 'knowledge.lanes=["router", "lora"]'),
+        about="the bank, LoRA modules chosen by the router",
+        tuned=True,
+    ),
     "fedkola-away": Row(
         settings=(
             "algorithm.name=fedkola",
@@ -246,7 +251,13 @@ SETUPS: Mapping[str, Setup] = {
     "who-don": Setup(
         question="Outbreak news of the WHO arrive by date and are asked before they are learnt: "
         "which disease does a report of 2012 to 2018 tell of?",
-        settings=(*_COMMON, "task.name=who-don", "task.period=quarter"),
+        settings=(
+            *_COMMON,
+            "task.name=who-don",
+            "task.period=quarter",
+            "knowledge.features=2048",
+            "knowledge.scatter_share=0.3",
+        ),
         sizes={
             "standard": Size(
                 seeds=5, settings=(), rows=("local", "fedit", "afcl", "fedkola", "replay")
@@ -293,6 +304,26 @@ SETUPS: Mapping[str, Setup] = {
             )
         },
     ),
+    "facts-lm": Setup(
+        question="The same with a causal model, which `python benchmarks/pretrain_facts.py "
+        ".cache/facts-base` makes: it knows the language and no fact.",
+        settings=(
+            *_COMMON,
+            "task.name=facts",
+            "model.name=.cache/facts-base",
+            "model.pooling=last",
+            "knowledge.features=1024",
+            "knowledge.scatter_share=0.3",
+        ),
+        sizes={
+            "standard": Size(
+                seeds=3,
+                settings=(),
+                rows=("fedit", "replay", "fedkola", "fedkola-lora", "joint"),
+                rates=_RATES,
+            )
+        },
+    ),
     "facts": Setup(
         question="Generated facts of which a share changes in every window: is the new value "
         "answered, the old one no more, and the rest kept?",
@@ -303,7 +334,12 @@ SETUPS: Mapping[str, Setup] = {
                 settings=("task.windows=4", "knowledge.features=512"),
                 rows=("local", "fedit", "fedkola", "joint"),
             ),
-            "standard": Size(seeds=5, settings=(), rows=ALL, rates=_RATES),
+            "standard": Size(
+                seeds=5,
+                settings=("knowledge.features=2048", "knowledge.scatter_share=0.3"),
+                rows=("local", "fedit", "replay", "afcl", "fedkola", "joint"),
+                rates=_RATES,
+            ),
         },
     ),
 }

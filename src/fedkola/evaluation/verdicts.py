@@ -144,6 +144,7 @@ TARGETS: Mapping[str, Callable[[Rows], Verdicts]] = {
     "cl-text": _orders,
     "clinc150": _orders,
     "facts": _facts,
+    "facts-lm": _facts,
 }
 
 
