@@ -108,7 +108,7 @@ class Records:
         return data.texts[row], data.labels[row], data.patients[row], prompt
 
 
-def split_test(stream: Stream, share: float = 0.1) -> tuple[Dataset, Dataset]:
+def split_test(stream: Stream, share: float = 0.3) -> tuple[Dataset, Dataset]:
     """Test records to choose hyper-parameters on, about ``share`` of them, and the untouched rest.
 
     Decided by a hash of the text, or of the prompt where there is one: the same on every machine,

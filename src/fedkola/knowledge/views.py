@@ -58,10 +58,16 @@ CHUNK = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """How cells become a model; part of the view's identity."""
+    """How cells become a model; part of the view's identity.
+
+    ``spread``, ``up`` and ``down`` are constants of the tree read-out, chosen by
+    ``benchmarks/readout.py``: whoever asks words things otherwise than whoever filed them, so the
+    scatter of filed records about their mean says less of questions than of records.
+    """
 
     readout: str = "tree"
     lam: float = 1e-4
+    spread: float = 0.2
     up: float = 0.2
     down: float = 1.0
     merge: str = "gram"
@@ -437,11 +443,13 @@ def scatter(gram: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def read_out(
-    within: Tensor, sums: Tensor, counts: Tensor, *, rule: str, lam: float
+    within: Tensor, sums: Tensor, counts: Tensor, *, rule: str, lam: float, spread: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """V (p, C) and bias (C,) float32 from S_w (p, p), s (C, p), n (C,), all float64, n > 0.
 
-    ``within`` is overwritten.
+    Rule "pooled" solves (spread C S_w + M^T M) V = M^T for the label means M: at ``spread`` 1 the
+    ridge that weighs every label alike, below it one that trusts the means more than the spread of
+    records about them. ``within`` is overwritten.
     """
     num_labels = len(counts)
     means = sums / counts[:, None]
@@ -451,10 +459,10 @@ def read_out(
         return _solve(gram, (sums / counts.sqrt()[:, None]).T, lam), bias
     if rule == "lda":
         # One record per label leaves no scatter at all; the ridge then needs a floor of its own.
-        spread = float((within.diagonal() * counts.sum() + (means * sums).sum(0)).mean())
-        weights = _solve(within, means.T, lam, floor=1e-6 * spread / within.shape[0])
+        size = float((within.diagonal() * counts.sum() + (means * sums).sum(0)).mean())
+        weights = _solve(within, means.T, lam, floor=1e-6 * size / within.shape[0])
         return weights, -(means.to(torch.float32) * weights.T).sum(1) / 2
-    within.mul_(num_labels).addmm_(means.T, means)
+    within.mul_(spread * num_labels).addmm_(means.T, means)
     return _solve(within, means.T, lam), bias
 
 
@@ -554,7 +562,10 @@ def _head(
             node_counts = torch.zeros(len(names), dtype=torch.float64).index_add_(0, index, counts)
             kind = "pooled" if rule.readout == "tree" else rule.readout
             within = scatter(gram, *_by_node(pool_sums, pool_counts, catalogue, level))
-            solved, bias = read_out(within, node_sums, node_counts, rule=kind, lam=lam)
+            spread = rule.spread if rule.readout == "tree" else 1.0
+            solved, bias = read_out(
+                within, node_sums, node_counts, rule=kind, lam=lam, spread=spread
+            )
         else:
             solved, bias = torch.zeros(0), torch.zeros(0)
         weights.append(solved)

@@ -79,6 +79,23 @@ def test_pooled_equals_the_ridge_that_weighs_every_record_by_its_class_size():
     assert bias.tolist() == [0, 0, 0]
 
 
+def test_a_small_spread_trusts_the_means_of_labels():
+    phi, rows, means = shared_scatter()
+    gram, sums, counts = summed(phi, rows)
+    within = views.scatter(gram, sums, counts)
+    h = 0.2 * 3 * within + means.T @ means
+    h += 1e-3 * h.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    got, _ = views.read_out(within.clone(), sums, counts, rule="pooled", lam=1e-3, spread=0.2)
+    assert torch.allclose(got.double(), torch.linalg.solve(h, means.T), rtol=1e-4, atol=1e-6)
+
+    def off(spread: float) -> float:
+        """How far the means are from being told apart exactly."""
+        v, _ = views.read_out(within.clone(), sums, counts, rule="pooled", lam=1e-6, spread=spread)
+        return float((means @ v.double() - torch.eye(3, dtype=torch.float64)).abs().max())
+
+    assert off(0.01) < off(0.2) < off(1.0)
+
+
 def test_lda_and_root_are_their_formulas():
     phi, rows, means = shared_scatter()
     gram, sums, counts = summed(phi, rows)
