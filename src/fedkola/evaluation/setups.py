@@ -243,10 +243,10 @@ SETUPS: Mapping[str, Setup] = {
             "task.level=code",
             "task.windows=3",
             "knowledge.slots_max=32",
+            "knowledge.features=2048",
+            "knowledge.scatter_share=0.3",
         ),
-        sizes={
-            "standard": Size(seeds=5, settings=(), rows=("local", "fedkola", "joint"), watched=0.5)
-        },
+        sizes={"standard": Size(seeds=5, settings=(), rows=("local", "fedkola", "joint"))},
     ),
     "who-don": Setup(
         question="Outbreak news of the WHO arrive by date and are asked before they are learnt: "
