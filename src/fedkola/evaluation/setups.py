@@ -255,12 +255,15 @@ SETUPS: Mapping[str, Setup] = {
             *_COMMON,
             "task.name=who-don",
             "task.period=quarter",
-            "knowledge.features=2048",
+            "knowledge.features=1024",
             "knowledge.scatter_share=0.3",
         ),
         sizes={
             "standard": Size(
-                seeds=5, settings=(), rows=("local", "fedit", "afcl", "fedkola", "replay")
+                seeds=5,
+                settings=(),
+                rows=("fedit", "replay", "afcl", "fedkola"),
+                rates=(1e-3, 2e-3),
             )
         },
     ),
