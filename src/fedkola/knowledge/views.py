@@ -537,7 +537,7 @@ def _head(
     recipe = _recipe([*cells, *scatters], ("features", "bits", "seed"))
     p = int(recipe["features"])
     sums, counts = _rows(cells, [shares[cell.about.id] for cell in cells], catalogue, p)
-    filled = torch.nonzero(counts > 0).flatten()
+    filled = torch.nonzero((counts > 0) & _enough(cells, catalogue)).flatten()
     labels = [catalogue.labels[int(i)] for i in filled]
     sums, counts = sums[filled], counts[filled]
     # Half-lives age the means; the scatter is that of the records it was summed over, all alike.
@@ -597,6 +597,21 @@ def _rows(
         sums.index_add_(0, index, cell.total.words[SUMS].to(torch.float64) * share)
         counts.index_add_(0, index, cell.total.words[COUNTS].to(torch.float64) * share)
     return sums, counts
+
+
+def _enough(cells: Sequence[Cell], catalogue: Catalogue) -> Tensor:
+    """Which labels (C,) have the records that their rows were opened for; a removal may leave too
+    few of them, whose mean a view must not show."""
+    position = {label.code: i for i, label in enumerate(catalogue.labels)}
+    held = torch.zeros(len(position), dtype=torch.int64)
+    floors = torch.zeros(len(position), dtype=torch.int64)
+    for cell in cells:
+        index = torch.tensor([position[code] for code in cell.about.labels], dtype=torch.int64)
+        held.index_add_(0, index, cell.total.words[COUNTS].to(torch.int64))
+        rules = cell.about.privacy
+        if not rules.get("public_reference"):
+            floors[index] = floors[index].clamp(min=int(rules.get("label_floor") or 0))
+    return held >= floors
 
 
 def _by_node(

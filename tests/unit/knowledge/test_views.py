@@ -45,6 +45,17 @@ def answers(view: View, codes: list[str], *, level: int = 0) -> list[str]:
     return [view.head.nodes[level][i] for i in best.tolist()]
 
 
+@pytest.mark.parametrize(("public", "known"), [(False, {"heart-1"}), (True, {*HEART})])
+def test_a_label_with_fewer_records_than_its_floor_is_not_answered(public: bool, known: set[str]):
+    codes = [*["heart-1"] * 5, *["heart-2"] * 2]
+    bank = sealed(Bank(), "heart", 1, HEART, codes, seed=1, kinds=KINDS)
+    rules = {"label_floor": 3, "public_reference": public}
+    ruled = tuple(replace(c, about=replace(c.about, privacy=rules)) for c in bank.cells)
+    view = views.compute(replace(bank, cells=ruled), TREE, Rule(), now=1)
+    assert view.head is not None
+    assert set(view.head.nodes[0]) == known
+
+
 # --- read-outs ------------------------------------------------------------------------------------
 
 
