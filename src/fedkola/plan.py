@@ -94,8 +94,9 @@ class Task:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
     """What goes wrong. By site: the share of labels replaced, the first round it answers, the
-    round after which it is removed, the windows by which news reaches it later (``release``), the
-    scopes it may use (``access``; a site that is not named may use all).
+    round after which it leaves and is forgotten, or only answers no more (``quit``), the windows
+    by which news reaches it later (``release``), the scopes it may use (``access``; a site that is
+    not named may use all).
 
     ``availability`` says how sites come and go: "full", "bernoulli", "markov" or "diurnal", with
     ``absent`` the long-run share of rounds that a site misses and ``spell`` the mean length of an
@@ -105,11 +106,17 @@ class Scenario:
     noisy: Mapping[str, float] = field(default_factory=dict)
     late: Mapping[str, int] = field(default_factory=dict)
     leave: Mapping[str, int] = field(default_factory=dict)
+    quit: Mapping[str, int] = field(default_factory=dict)
     release: Mapping[str, int] = field(default_factory=dict)
     access: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     availability: str = "full"
     absent: float = 0.3
     spell: float = 3.0
+
+    @property
+    def gone(self) -> Mapping[str, int]:
+        """The last round that a site answers, for sites that leave or quit."""
+        return {**self.quit, **self.leave}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,6 +257,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "scenario.noisy": (0, 1),
     "scenario.late": (1, _WORD),
     "scenario.leave": (1, _WORD),
+    "scenario.quit": (1, _WORD),
     "scenario.release": (0, _WORD),
     "scenario.absent": (0, 1),
     "scenario.spell": (1, _HUGE),

@@ -285,7 +285,7 @@ def draw(federation: Federation, number: int) -> Cohort:
         seed=plan.run.seed,
         round=number,
         late=plan.scenario.late,
-        left=plan.scenario.leave,
+        left=plan.scenario.gone,
         pattern=Pattern(
             name=plan.scenario.availability,
             absent=plan.scenario.absent,
@@ -796,7 +796,7 @@ def _roster(federation: Federation, number: int, requests: Sequence[Request]) ->
     """Sites that can answer a removal: those that are there, and those that it is about."""
     scenario, roster = federation.plan.scenario, federation.clients.roster()
     there = availability.cohort(
-        roster, size=0, seed=0, round=number, late=scenario.late, left=scenario.leave
+        roster, size=0, seed=0, round=number, late=scenario.late, left=scenario.gone
     )
     about = {request.site for request in requests}
     return tuple(name for name in roster if name in there or name in about)

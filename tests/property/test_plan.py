@@ -77,6 +77,7 @@ plans = st.builds(
         noisy=st.dictionaries(texts, shares, max_size=3),
         late=st.dictionaries(texts, positive, max_size=3),
         leave=st.dictionaries(texts, positive, max_size=3),
+        quit=st.dictionaries(texts, positive, max_size=3),
         release=st.dictionaries(texts, counts, max_size=3),
         access=st.dictionaries(texts, st.lists(texts, max_size=3).map(tuple), max_size=3),
         availability=st.sampled_from(["full", "bernoulli", "markov", "diurnal"]),

@@ -432,6 +432,19 @@ def test_a_leaver_is_removed_after_its_last_round_and_not_asked_again(tmp_path: 
     assert state.calibration == clean.calibration
 
 
+def test_a_site_that_quits_is_asked_no_more_and_what_it_gave_stays(tmp_path: Path):
+    quits = small.run(small.assemble(tmp_path / "quits", FAST, "scenario.quit={west=1}"))
+    sites = small.data()
+    first = [i for i, window in enumerate(sites["west"].windows) if window <= 1]
+    sites["west"] = sites["west"].take(first)
+    stays = small.run(small.assemble(tmp_path / "stays", FAST, sites=sites))
+    assert small.cells(quits) == small.cells(stays)
+    cohorts = {cell.about.round: "west" in cell.about.cohort for cell in quits.bank.cells}
+    assert cohorts == {1: True, 2: False, 3: False}
+    with Ledger.open(tmp_path / "quits") as ledger:
+        assert ledger.removals("small") == ()
+
+
 def test_a_leaver_that_never_contributed_is_no_error(tmp_path: Path):
     settings = (FAST, "scenario.late={west=3}", "scenario.leave={west=2}")
     small.run(small.assemble(tmp_path, *settings))

@@ -230,7 +230,7 @@ def _average(found: Sequence[Accuracy], nodes: int) -> Accuracy:
 
 def _members(federation: Federation, window: int) -> tuple[str, ...]:
     """Sites that have joined and not left by this window, those that miss a round included."""
-    late, left = federation.plan.scenario.late, federation.plan.scenario.leave
+    late, left = federation.plan.scenario.late, federation.plan.scenario.gone
     return tuple(
         site
         for site in federation.stream.sites

@@ -112,9 +112,13 @@ ROWS: Mapping[str, Row] = {
             "scenario.availability=bernoulli",
             "scenario.absent=0.3",
             'scenario.late={"harbour-infectious"=3, "oldtown-metabolic"=4}',
-            'scenario.leave={"lakeside-eye-ear"=6}',
+            'scenario.quit={"lakeside-eye-ear"=6}',
         ),
-        about="the same where three of ten sites miss each round, two come late and one is removed",
+        about="the same where three of ten sites miss each round, two come late and one quits",
+    ),
+    "fedkola-forgets": Row(
+        settings=("algorithm.name=fedkola", 'scenario.leave={"lakeside-eye-ear"=6}'),
+        about="the same, all there but one that leaves and is forgotten",
     ),
     "oracle": _trained("oracle", "an adapter per true scope, routed by the truth"),
     "joint": Row(
@@ -189,8 +193,8 @@ SETUPS: Mapping[str, Setup] = {
         sizes={"standard": Size(seeds=5, settings=(), rows=ALL, rates=_RATES, watched=0.2)},
     ),
     "availability": Setup(
-        question="Three of ten hospitals miss each round, two join in rounds 3 and 4, one leaves "
-        "after round 6 and takes its records along: what is lost two rounds after the last window?",
+        question="Three of ten hospitals miss each round, two join in rounds 3 and 4, one is gone "
+        "after round 6: what is lost two rounds after the last window?",
         settings=(
             *_COMMON,
             "task.name=icd10cm",
@@ -209,7 +213,7 @@ SETUPS: Mapping[str, Setup] = {
             "standard": Size(
                 seeds=5,
                 settings=("knowledge.features=2048",),
-                rows=("fedkola", "fedkola-away"),
+                rows=("fedkola", "fedkola-away", "fedkola-forgets"),
                 watched=0.2,
             ),
         },

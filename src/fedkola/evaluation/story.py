@@ -126,7 +126,7 @@ def _window(federation: Federation, row: RoundRow, events: Sequence[EventRow]) -
     }
     left = {
         site: f"left after window {last}"
-        for site, last in federation.plan.scenario.leave.items()
+        for site, last in federation.plan.scenario.gone.items()
         if number > last
     }
     notes = [f"{site} joins" for site, w in federation.plan.scenario.late.items() if w == number]
@@ -197,6 +197,8 @@ def _sites(federation: Federation, agreement: Mapping[str, float]) -> list[dict[
             roles.append(f"late: answers from window {scenario.late[name]}")
         if name in scenario.leave:
             roles.append(f"left after window {scenario.leave[name]}, and was forgotten")
+        if name in scenario.quit:
+            roles.append(f"left after window {scenario.quit[name]}; what it gave stays")
         about = federation.stream.about.get(name, {})
         found.append(
             {

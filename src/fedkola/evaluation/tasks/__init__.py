@@ -65,6 +65,7 @@ def load(plan: Plan) -> Stream:
         ("noisy", scenario.noisy),
         ("late", scenario.late),
         ("leave", scenario.leave),
+        ("quit", scenario.quit),
         ("release", scenario.release),
         ("access", scenario.access),
     ):
