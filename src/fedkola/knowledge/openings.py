@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import windows
 from fedkola.knowledge.bank import Bank, CellKind, KnowledgeCell
-from fedkola.knowledge.terms import Terms, floor, rules, shared
+from fedkola.knowledge.terms import Terms, floor, row_floor, rules, shared
 from fedkola.types import Aggregate, Catalogue, Cohort
 
 
@@ -177,7 +177,7 @@ def _counted(terms: Terms, votes: Aggregate, prefix: str) -> _Counted:
     )
     rows: list[dict[int, int]] = [{} for _ in place]
     for i, label in enumerate(terms.catalogue.labels):
-        enough = label_holders[i] >= terms.k_min and label_records[i] >= terms.label_floor
+        enough = label_holders[i] >= terms.k_min and label_records[i] >= row_floor(terms)
         if label_records[i] > 0 and (terms.public_reference or enough):
             rows[place[label.scope]][i] = label_records[i]
     kinds: list[tuple[CellKind, ...]] = []

@@ -80,6 +80,15 @@ def floor(terms: Terms, kind: CellKind | None = None) -> int:
     return max(floors[kind] for kind in terms.kinds)
 
 
+def row_floor(terms: Terms) -> int:
+    """The least records of a label row: ``label_floor``, and more where p features are many.
+
+    n records have n d unknowns and their sum gives p equations: at least p / d of them, so that
+    more features do not undo what the floor is for. A heuristic, as for a Gram.
+    """
+    return max(terms.label_floor, -(-terms.recipe.features // terms.recipe.inputs))
+
+
 def shared(recipe: Recipe, kind: CellKind) -> dict[str, Scalar]:
     """What every addend to a cell of this kind must share."""
     base: dict[str, Scalar] = {"base": recipe.base} if recipe.base else {}
@@ -106,7 +115,7 @@ def rules(terms: Terms) -> dict[str, Scalar]:
     """What a cell is opened under; it stays on its record."""
     return {
         "k_min": terms.k_min,
-        "label_floor": terms.label_floor,
+        "label_floor": row_floor(terms),
         "public_reference": terms.public_reference,
     }
 

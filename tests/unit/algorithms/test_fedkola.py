@@ -68,6 +68,12 @@ def test_a_label_row_needs_k_min_holders_and_the_label_floor(method: FedKoLa):
     assert method.openings(enough, Bank())[1] == {}
 
 
+def test_more_features_ask_for_more_records_in_a_label_row(method: FedKoLa):
+    wide = replace(method, features=20 * method.width)
+    rows = {"heart-1": (3, 200), "heart-2": (3, 19), "heart-3": (3, 20)}
+    assert opened(wide, votes(rows, {"heart": 3})) == {"heart": ("heart-1", "heart-3")}
+
+
 def test_a_cell_needs_the_floor_of_records_of_its_kinds(method: FedKoLa):
     wide = replace(method, width=128)
     assert opened(wide, votes({"heart-1": (5, 127)}, {"heart": 5})) == {}
