@@ -131,7 +131,7 @@ class Grid:
     itself fits (``bounded``), it may take all of the word.
     """
 
-    word: Literal[16, 24, 32, 64]
+    word: Literal[16, 24, 32, 40, 64]
     bits: int
     scale: Mapping[str, int]
     bounded: bool = False

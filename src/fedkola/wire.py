@@ -46,8 +46,15 @@ MAX_FRACTION = 62
 WEIGHT = "weight"
 METRIC = "metric/"
 _PREFIX = struct.Struct("<4sII")
-# Words of 24 bits lie in memory as 32, and are three bytes on their way.
-_WORDS = {16: torch.int16, 24: torch.int32, 32: torch.int32, 64: torch.int64}
+# Words of 24 and 40 bits lie in memory as 32 and 64, and are three and five bytes on their way.
+_WORDS = {
+    16: torch.int16,
+    24: torch.int32,
+    32: torch.int32,
+    40: torch.int64,
+    64: torch.int64,
+}
+_PACKED = (24, 40)
 T = TypeVar("T")
 
 
@@ -95,8 +102,10 @@ def pack_reply(reply: Reply) -> bytes:
         "refused": reply.refused,
         "word": reply.word,
     }
-    narrow = reply.word == 24
-    return _frame(header, {n: _narrow(v) if narrow else v for n, v in reply.words.items()})
+    words = reply.words
+    if reply.word in _PACKED:
+        words = {name: _narrow(value, reply.word) for name, value in words.items()}
+    return _frame(header, words)
 
 
 def unpack_reply(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Reply:
@@ -106,7 +115,7 @@ def unpack_reply(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Reply:
     return Reply(
         client=_field(header, "client", str),
         question=_field(header, "question", str),
-        words={name: _widen(value) if word == 24 else value for name, value in words.items()},
+        words={n: _widen(v, word) if word in _PACKED else v for n, v in words.items()},
         refused=_field(header, "refused", str),
         word=word,
     )
@@ -170,7 +179,7 @@ def total(replies: Iterable[Reply], grid: Grid, cohort: Cohort) -> Aggregate:
             "most of the sites; nothing is summed"
         )
     order = tuple(name for name in cohort if name in set(answered))
-    if grid.word < 32:
+    if grid.word < 8 * _WORDS[max(grid.word, 32)].itemsize:
         for name, value in words.items():
             _check_limit(name, _largest(value), 2 ** (grid.word - 1) - 1, 1)
     return Aggregate(cohort=order, words=words, grid=grid)
@@ -392,19 +401,23 @@ def _largest(value: Tensor) -> int:
     return max(-int(value.min()), int(value.max())) if value.numel() else 0
 
 
-def _narrow(value: Tensor) -> Tensor:
-    """Words of 24 bits as bytes, the lowest first: int32 (...) to uint8 (..., 3)."""
-    return value.contiguous()[..., None].view(torch.uint8)[..., :3].contiguous()
+def _narrow(value: Tensor, word: int) -> Tensor:
+    """Words as bytes, the lowest first: integers (...) to uint8 (..., word / 8)."""
+    return value.contiguous()[..., None].view(torch.uint8)[..., : word // 8].contiguous()
 
 
-def _widen(value: Tensor) -> Tensor:
+def _widen(value: Tensor, word: int) -> Tensor:
     """The inverse of ``_narrow``. Raises WireError for anything else."""
-    if value.dtype != torch.uint8 or value.dim() < 1 or value.shape[-1] != 3:
-        raise WireError(f"words of 24 bits sent as {value.dtype} {tuple(value.shape)}; drop it")
-    high = torch.zeros(*value.shape[:-1], 4, dtype=torch.uint8)
-    high[..., 1:] = value
+    if value.dtype != torch.uint8 or value.dim() < 1 or value.shape[-1] != word // 8:
+        raise WireError(
+            f"words of {word} bits sent as {value.dtype} {tuple(value.shape)}; drop the message"
+        )
+    wide = _WORDS[word]
+    spare = wide.itemsize - word // 8
+    high = torch.zeros(*value.shape[:-1], wide.itemsize, dtype=torch.uint8)
+    high[..., spare:] = value
     # The sign bit is at the top now; the shift takes it along.
-    return high.view(torch.int32)[..., 0] >> 8
+    return high.view(wide)[..., 0] >> 8 * spare
 
 
 def _check_limit(name: str, largest: float, limit: int, cohort: int) -> None:

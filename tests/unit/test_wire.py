@@ -207,17 +207,18 @@ def test_a_value_that_is_not_finite_stays_at_its_site(value: float):
             wire.words(update, GRID, ("s",))
 
 
-def test_words_of_24_bits_are_three_bytes_on_their_way():
-    value = torch.tensor([[0, 1, -1], [2**23 - 1, -(2**23), 77]], dtype=torch.int32)
-    sent = wire.pack_reply(Reply(client="s", words={"x": value, "n": value[0, 1]}, word=24))
+@pytest.mark.parametrize(("word", "dtype"), [(24, torch.int32), (40, torch.int64)])
+def test_words_of_odd_sizes_are_as_many_bytes_on_their_way(word: int, dtype: torch.dtype):
+    value = torch.tensor([[0, 1, -1], [2 ** (word - 1) - 1, -(2 ** (word - 1)), 77]], dtype=dtype)
+    sent = wire.pack_reply(Reply(client="s", words={"x": value, "n": value[0, 1]}, word=word))
     got = wire.unpack_reply(sent)
     assert torch.equal(got.words["x"], value)
+    assert got.words["x"].dtype == dtype
     assert got.words["n"].item() == 1
-    large = torch.zeros(1000, dtype=torch.int32)
-    of = {
-        word: wire.pack_reply(Reply(client="s", words={"x": large}, word=word)) for word in (24, 32)
-    }
-    assert len(of[32]) - len(of[24]) == pytest.approx(1000, abs=8)
+    large = torch.zeros(1000, dtype=dtype)
+    packed = len(wire.pack_reply(Reply(client="s", words={"x": large}, word=word)))
+    plain = len(wire.pack_reply(Reply(client="s", words={"x": large})))
+    assert plain - packed == pytest.approx(1000 * (dtype.itemsize - word // 8), abs=8)
 
 
 @pytest.mark.parametrize("words", [{"x": torch.zeros(3)}, {"x": torch.zeros(4, 2).byte()}])

@@ -86,7 +86,7 @@ def about_cell(
         word=word(recipe, about),
         scale=scale,
         metrics={"contributors": 0},
-        bounded=about.kind in (CellKind.ANALYTIC, CellKind.SCATTER),
+        bounded=about.kind is not CellKind.LORA,
     )
 
 

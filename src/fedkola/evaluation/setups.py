@@ -159,7 +159,7 @@ SETUPS: Mapping[str, Setup] = {
                 settings=(
                     "task.sites=12",
                     "task.windows=8",
-                    "knowledge.features=5376",
+                    "knowledge.features=5696",
                     "knowledge.scatter_share=0.3",
                 ),
                 rows=(

@@ -65,7 +65,8 @@ class KnowledgeCell:
     ``quality`` holds factors in [0, 1] by name, whose product weighs the cell in every view;
     ``privacy`` the rules it was opened under. ``covers`` names the analytic cells whose records a
     scatter cell sums, ``sources`` the cells that a sum of cells adds up; these stand in
-    ``Bank.cold`` meanwhile. ``base`` is the hash of the frozen model.
+    ``Bank.cold`` meanwhile. ``base`` is the hash of the frozen model, ``deepest`` the records of
+    the label that had most when the cell was opened (0 is unknown).
     """
 
     id: str
@@ -86,6 +87,7 @@ class KnowledgeCell:
     covers: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
     base: str = ""
+    deepest: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,7 @@ class Opening:
     slot: int
     labels: tuple[int, ...]
     records: int
+    deepest: int
     against: bool = False
 
 
@@ -61,6 +62,7 @@ def openings(
                 slot=held.slot if held and held.slot is not None else -1,
                 labels=tuple(counted.rows[index]),
                 records=total,
+                deepest=max(counted.rows[index].values()),
                 against=turns,
             )
             for kind in counted.kinds[index]
@@ -90,6 +92,7 @@ def described(terms: Terms, number: int, opening: Opening, cohort: Cohort) -> Kn
         words="",
         privacy=rules(terms),
         base=terms.model,
+        deepest=opening.deepest,
     )
 
 

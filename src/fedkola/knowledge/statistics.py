@@ -26,6 +26,8 @@ from fedkola.errors import ModelMismatch
 GRAM = "gram"
 SUMS = "sums"
 COUNTS = "counts"
+EMBEDDING = 1025
+"""The largest number of an integer embedding: 2^10 times a unit vector, rounded."""
 _EXACT_FLOAT32 = 1 << 24
 
 
@@ -76,11 +78,10 @@ def records_floor(features: int, width: int) -> int:
     return max(4 * features, features**2 // (2 * width))
 
 
-def word(kind: str, *, bits: int, records: int) -> int:
-    """The narrowest word that holds a sum of label rows (SUMS) or of a Gram (GRAM) of so many
-    records, whatever they are: a feature is at most 2^bits - 1."""
-    largest = (2**bits - 1) ** (2 if kind == GRAM else 1) * max(records, 1)
-    return next(width for width in (16, 24, 32, 64) if largest < 2 ** (width - 1))
+def word(largest: int, *, records: int) -> int:
+    """The narrowest word that holds a sum over so many records of numbers up to ``largest``."""
+    most = largest * max(records, 1)
+    return next(width for width in (16, 24, 32, 40, 64) if most < 2 ** (width - 1))
 
 
 def router(z: Tensor, rows: Tensor, *, num_rows: int) -> dict[str, Tensor]:

@@ -122,12 +122,16 @@ def rules(terms: Terms) -> dict[str, Scalar]:
 
 def word(recipe: Recipe, about: KnowledgeCell) -> int:
     """Bits of a word of a sum over the records of a cell; a vote has counted them."""
-    if about.kind is CellKind.ROUTER:
-        return 64
     if about.kind is CellKind.LORA:
         return 32
-    part = statistics.GRAM if about.kind is CellKind.SCATTER else statistics.SUMS
-    return statistics.word(part, bits=recipe.bits, records=about.records)
+    if about.kind is CellKind.ROUTER:
+        return statistics.word(statistics.EMBEDDING**2, records=about.records)
+    most = 2**recipe.bits - 1
+    if about.kind is CellKind.SCATTER:
+        return statistics.word(most**2, records=about.records)
+    # The weight counts all records of the cell, a row only those of its label.
+    rows = statistics.word(most, records=about.deepest or about.records)
+    return max(rows, statistics.word(1, records=about.records))
 
 
 def addend_bytes(terms: Terms, about: KnowledgeCell) -> int:
