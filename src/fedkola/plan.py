@@ -129,14 +129,16 @@ class Cohort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
-    """``exchanges`` counts the training exchanges per round of iterated methods. Baselines read
-    the last ones, each its own: the weight of a penalty, the records a site keeps for replay (0
+    """``exchanges`` counts the training exchanges per round of iterated methods. ``ranks`` gives
+    sites a rank of their own, where a method can add adapters of unequal ranks. Baselines read the
+    last ones, each its own: the weight of a penalty, the records a site keeps for replay (0
     keeps none), the records it draws for an estimate (0 draws all), a threshold between tasks or
     modules, the temperature of a gate, the size of a core between pinned factors, the noise of a
     marker."""
 
     name: str = "fedkola"
     rank: int = 8
+    ranks: Mapping[str, int] = field(default_factory=dict)
     alpha: float = 16.0
     epochs: float = 1.0
     batch: int = 32
@@ -264,6 +266,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "cohort.size": (0, _WORD),
     "cohort.minimum": (1, _WORD),
     "algorithm.rank": (1, _WORD),
+    "algorithm.ranks": (1, _WORD),
     "algorithm.alpha": (_TINY, _HUGE),
     "algorithm.epochs": (0, _HUGE),
     "algorithm.batch": (1, _WORD),

@@ -101,7 +101,14 @@ def check(plan: Plan) -> None:
         raise Incompatible(
             f"knowledge.membership = {plan.knowledge.membership!r}: this version only has 'padded'"
         )
-    if plan.algorithm.name == "fedkola" and plan.cohort.minimum < plan.knowledge.k_min:
+    method = ALGORITHMS[plan.algorithm.name]
+    if plan.algorithm.ranks and not getattr(method, "unequal_ranks", False):
+        able = [name for name, one in ALGORITHMS.items() if getattr(one, "unequal_ranks", False)]
+        raise Incompatible(
+            f"algorithm.ranks gives sites ranks of their own, which {plan.algorithm.name} cannot "
+            f"add; leave it out, or set algorithm.name to {', '.join(able)}"
+        )
+    if issubclass(method, FedKoLa) and plan.cohort.minimum < plan.knowledge.k_min:
         raise Incompatible(
             f"cohort.minimum = {plan.cohort.minimum} is below knowledge.k_min = "
             f"{plan.knowledge.k_min}; no cell could ever open in such a round"

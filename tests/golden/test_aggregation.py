@@ -267,6 +267,22 @@ def test_flora_stacks_factors_of_unequal_ranks_and_counts_each_share_once(
     assert all(torch.equal(again.weights[n], state.weights[n]) for n in state.weights)
 
 
+def test_flora_asks_every_site_for_the_rank_it_was_given(tmp_path: Path, base: Foundation):
+    flora = FLoRA(**COMMON, rank=3, ranks={"B": 1, "C": 4}, scale=SCALE)
+    begun: dict[str, set[int]] = {}
+
+    def trained(client: TableClient, weights: Weights) -> Weights:
+        begun[client.name] = {v.shape[0] for n, v in weights.items() if n.endswith("lora_A")}
+        return result(client.name, weights, rank=next(iter(begun[client.name])))
+
+    state = flora.round(1, flora.start(start()), COHORT, joined(sites(tmp_path, trained)))
+    assert begun == {"A": {3}, "B": {1}, "C": {4}}
+    own = {site: factors(site, rank=rank) for site, (rank,) in begun.items()}
+    check(
+        effective(base, state.weights), base, {layer: mean_product(own, layer) for layer in LAYERS}
+    )
+
+
 def test_flora_starts_over_from_the_merged_base(tmp_path: Path, base: Foundation):
     flora = FLoRA(**COMMON, rank=3, scale=SCALE, exchanges=2)
     began: list[dict[str, Tensor]] = []

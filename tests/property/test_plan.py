@@ -89,6 +89,7 @@ plans = st.builds(
         Algorithm,
         name=texts,
         rank=positive,
+        ranks=st.dictionaries(texts, positive, max_size=3),
         alpha=above_zero,
         epochs=above_zero,
         batch=positive,

@@ -43,6 +43,7 @@ RECORD = Request(kind="record", site="east", name="east-4")
         ("privacy.epsilon=8", Incompatible, "no epsilon"),
         ("quality.mode=robust", Incompatible, "quality.mode"),
         ("knowledge.membership=enrolled", Incompatible, "padded"),
+        ("algorithm.ranks.north=2", Incompatible, "cannot add"),
         ("cohort.minimum=2", Incompatible, "k_min"),
         ("knowledge.slots_max=9", Incompatible, "room for 8"),
         ("task.level=chapter", UnknownName, "task.level"),

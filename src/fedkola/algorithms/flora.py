@@ -10,7 +10,7 @@ differ and the server may see single updates. What was merged travels down as on
 layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
@@ -21,6 +21,8 @@ from fedkola.algorithms.learn import change, ending, layers, learn
 from fedkola.algorithms.setting import Setting, training
 from fedkola.training.adapters import combine, fresh
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
+
+RANKS = "ranks"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +35,13 @@ class State:
 @dataclass(frozen=True, kw_only=True)
 class FLoRA:
     needs: ClassVar[Visibility] = Visibility.EACH
+    unequal_ranks: ClassVar[bool] = True
     rank: int
     epochs: float
     batch: int
     lr: float
     level: int
+    ranks: Mapping[str, int] = field(metadata=LOCAL, default_factory=dict)
     scale: float = field(metadata=LOCAL, default=1.0)
     exchanges: int = field(metadata=LOCAL, default=1)
 
@@ -47,6 +51,7 @@ class FLoRA:
         return cls(
             rank=a.rank,
             **training(setting),
+            ranks=a.ranks,
             scale=setting.scale,
             exchanges=a.exchanges,
         )
@@ -65,7 +70,8 @@ class FLoRA:
         head = [name for name in state.weights if name not in base]
         scale = {**dict.fromkeys(factors, 20), **dict.fromkeys(head, 16)}
         for exchange in range(self.exchanges):
-            asked = ask(self, "train", number, state.weights, scale=scale)
+            own = torch.tensor([self.ranks.get(site, self.rank) for site in cohort])
+            asked = ask(self, "train", number, {**state.weights, RANKS: own}, scale=scale)
             found = {u.client: u for u in clients.each(cohort, replace(asked, seed=exchange))}
             # In the order of the cohort: a sum of reals depends on the order of its terms.
             answers = [found[site] for site in cohort if site in found]
@@ -93,8 +99,9 @@ class FLoRA:
     def train(self, client: Client, asked: Broadcast) -> Update:
         """A fresh adapter's factors as they are, and the weighted change of the head."""
         base = ending(asked.tensors, ".delta")
-        head = {name: value for name, value in asked.tensors.items() if name not in base}
-        start = fresh(client.targets, rank=self.rank, seed=asked.seed)
+        head = {n: v for n, v in asked.tensors.items() if n not in base and n != RANKS}
+        rank = int(asked.tensors[RANKS][asked.cohort.index(client.name)])
+        start = fresh(client.targets, rank=rank, seed=asked.seed)
         trained, count = learn(self, client, asked, {**start, **head}, pinned=base)
         update = change(client, head, trained, count)
         factors = ending(trained, ".lora_A", ".lora_B")

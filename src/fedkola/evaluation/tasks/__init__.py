@@ -62,17 +62,18 @@ def load(plan: Plan) -> Stream:
     stream = TASKS[plan.task.name](plan.task, seed=plan.run.seed)
     scenario = plan.scenario
     for key, sites in (
-        ("noisy", scenario.noisy),
-        ("late", scenario.late),
-        ("leave", scenario.leave),
-        ("quit", scenario.quit),
-        ("release", scenario.release),
-        ("access", scenario.access),
+        ("scenario.noisy", scenario.noisy),
+        ("scenario.late", scenario.late),
+        ("scenario.leave", scenario.leave),
+        ("scenario.quit", scenario.quit),
+        ("scenario.release", scenario.release),
+        ("scenario.access", scenario.access),
+        ("algorithm.ranks", plan.algorithm.ranks),
     ):
         for site in sites:
             if site not in stream.sites:
                 raise UnknownName(
-                    f"scenario.{key} names {site!r}, which is no site of this task; nearest is "
+                    f"{key} names {site!r}, which is no site of this task; nearest is "
                     f"{nearest(site, stream.sites)}; sites are {', '.join(stream.sites)}"
                 )
     stream = _noisy(stream, scenario.noisy, plan.run.seed)
