@@ -273,12 +273,6 @@ def at_most(right: int, asked: int, share: float) -> float:
     return min(1.0, math.fsum(math.exp(value) for value in logs))
 
 
-def surprises(loss: float, asked: int, *, usual: float, deviation: float) -> bool:
-    """Whether a window's mean loss contradicts a regression or language module: more than four
-    standard errors above the usual loss, on at least 30 records."""
-    return asked >= 30 and loss > usual + 4 * deviation / math.sqrt(asked)
-
-
 def doubtful(
     wrong: Tensor, asked: Tensor, holders: Tensor, *, k_min: int, records: int = 16
 ) -> Tensor:

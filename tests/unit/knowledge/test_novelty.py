@@ -199,12 +199,6 @@ def test_a_conflict_needs_records_a_usual_share_and_improbability(right, asked, 
     assert novelty.contradicts(right, asked, usual) is conflict
 
 
-def test_a_window_of_a_language_module_contradicts_beyond_four_standard_errors():
-    assert novelty.surprises(2.45, 100, usual=2.0, deviation=1.0)
-    assert not novelty.surprises(2.35, 100, usual=2.0, deviation=1.0)
-    assert not novelty.surprises(9.0, 29, usual=2.0, deviation=1.0)
-
-
 def test_a_label_is_doubtful_when_most_of_its_records_at_enough_holders_disagree():
     wrong = torch.tensor([9, 8, 20, 15, 0])
     asked = torch.tensor([16, 16, 30, 15, 0])
