@@ -72,7 +72,7 @@ class Profile:
 
 PROFILES: Mapping[str, Profile] = {
     "quick": Profile(seeds=1, windows=3, per_label=24, features=512),
-    "standard": Profile(seeds=3, windows=8, per_label=0, features=4096),
+    "standard": Profile(seeds=3, windows=8, per_label=100, features=2048),
 }
 
 
