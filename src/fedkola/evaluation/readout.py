@@ -17,7 +17,8 @@ from fedkola.types import Dataset, Weights
 
 
 def adapted_accuracy(federation: Federation, weights: Weights, test: Dataset) -> dict[str, Any]:
-    """Top-1 and top-5 of the tree read-out on features under an adapter, over all records.
+    """Top-1, top-5 and accuracy by concept of the tree read-out on features under an adapter, over
+    all records.
 
     The federation must hold the union of records at one site.
     """
@@ -51,7 +52,12 @@ def adapted_accuracy(federation: Federation, weights: Weights, test: Dataset) ->
     )
     window = len(federation.stream.windows)
     found = scoring.measure(federation, scores, test, nodes, window=window)
-    return {"top1": found.top1, "top5": found.top5, "asked": found.asked}
+    return {
+        "top1": found.top1,
+        "top5": found.top5,
+        "asked": found.asked,
+        "concepts": {name: right / asked for name, (right, asked) in found.concepts.items()},
+    }
 
 
 def _integers(federation: Federation, weights: Weights, data: Dataset) -> torch.Tensor:

@@ -60,11 +60,11 @@ def _releases(rows: Rows) -> Verdicts:
         return _concept(cell, "new")
 
     own, joint = rows.get("fedkola", {}), rows.get("joint", {})
-    shares = [
-        new(own[seed]) / max(1e-9, joint[seed]["concepts_final"]["new"])
-        for seed in own
-        if "new" in joint.get(seed, {}).get("concepts_final", {})
-    ]
+    best = {
+        seed: max(new(cell), float(cell["readout"]["concepts"].get("new", 0.0)))
+        for seed, cell in joint.items()
+    }
+    shares = [new(own[seed]) / best[seed] for seed in own if best.get(seed)]
     ratio = metrics.interval(shares) if shares else None
     met = None if ratio is None else ratio["mean"] >= 0.95
     return [
