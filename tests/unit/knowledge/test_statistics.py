@@ -7,6 +7,7 @@ from torch import Tensor
 from fedkola.errors import ModelMismatch
 from fedkola.knowledge import statistics
 from fedkola.knowledge.statistics import COUNTS, GRAM, SUMS
+from fedkola.training.features import integer_embeddings
 
 WIDTH = 24
 SIGNS_4_8_7 = [0, 1, 1, 0, 0, 0, 0, 1]
@@ -120,3 +121,26 @@ def test_a_machine_with_inexact_products_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(statistics, "expand", reduced)
     with pytest.raises(ModelMismatch, match="not exact"):
         statistics.check_exact(width=384, features=256, bits=4, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("largest", "records", "word"),
+    [
+        (15, 2184, 16),  # 32,760 of 32,767
+        (15, 2185, 24),
+        (225, 37_282, 24),  # 8,388,450 of 8,388,607
+        (225, 37_283, 32),
+        (1025**2, 2_044, 32),
+        (1025**2, 2_045, 40),
+        (1025**2, 600_000, 64),
+        (15, 0, 16),
+    ],
+)
+def test_a_word_is_as_narrow_as_the_largest_sum_allows(largest: int, records: int, word: int):
+    assert statistics.word(largest, records=records) == word
+
+
+def test_no_embedding_exceeds_the_number_that_words_are_chosen_for():
+    axis = torch.eye(3) * torch.tensor([1.0, -1.0, 1.0])[:, None]
+    z = integer_embeddings(axis)
+    assert int(z.abs().max()) <= statistics.EMBEDDING
