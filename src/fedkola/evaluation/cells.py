@@ -26,15 +26,23 @@ class Cells:
     folder: Path
     note: Note
 
-    def measure(self, name: str, about: Mapping[str, Any], how: Callable[[Path], Found]) -> Found:
+    def measure(
+        self,
+        name: str,
+        about: Mapping[str, Any],
+        how: Callable[[Path], Found],
+        *,
+        default: Mapping[str, Any] | None = None,
+    ) -> Found:
         """The result kept under ``name``, else that of ``how`` in a work folder of its own.
 
-        What was measured under another ``about`` (settings of an older version) is measured anew.
+        What was measured under another ``about`` is measured anew. A setting that an older version
+        did not know is no difference where it has its ``default``.
         """
         path = self.folder / f"{name}.json"
         if path.exists():
             kept: Found = json.loads(path.read_text())
-            if kept.get("about") == _plain(about):
+            if _same(kept.get("about"), _plain(about), _plain(default or {})):
                 return kept
         self.note(name)
         work = self.folder / "work" / name
@@ -98,6 +106,19 @@ def about_machine(about: Mapping[str, Any]) -> str:
     return (
         f"Measured on {about['cores']} cores ({about['processor']}), torch {about['torch']}, "
         f"Python {about['python']}."
+    )
+
+
+def _same(kept: Any, about: Any, default: Any) -> bool:
+    if not (isinstance(kept, dict) and isinstance(about, dict) and isinstance(default, dict)):
+        return bool(kept == about)
+    if not kept.keys() <= about.keys():
+        return False
+    return all(
+        _same(kept[key], value, default.get(key, {}))
+        if key in kept
+        else key in default and value == default[key]
+        for key, value in about.items()
     )
 
 

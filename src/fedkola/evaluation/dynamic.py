@@ -114,7 +114,7 @@ class Bench:
             found = measure(about, ROWS[row], folder, self.progress, watched=self.size.watched)
             return found | {"row": row, "seed": seed, "rate": rate}
 
-        return self.cells.measure(name, as_dict(about), how)
+        return self.cells.measure(name, as_dict(about), how, default=as_dict(Plan()))
 
 
 def plan(
