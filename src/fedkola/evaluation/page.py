@@ -269,7 +269,8 @@ def arrivals(told: Told) -> Section | None:
             continue
         asked = fmean(cell["windows"][t - 1]["asked"] for cell in cells.values())
         right = fmean(cell["windows"][t - 1]["top1"] for cell in cells.values())
-        name = f"{t} ({moments[t - 1]})" if moments else str(t)
+        # A run may go on after its last window, for sites that were away.
+        name = f"{t} ({moments[t - 1]})" if t <= len(moments) else str(t)
         rows.append((name, "; ".join(new) or "nothing new", f"{asked:,.0f}", plots.percent(right)))
     end = own[0]["untouched"]
     says.append(

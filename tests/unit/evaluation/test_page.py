@@ -243,6 +243,12 @@ def test_the_price_is_told_beside_the_best_baseline_and_cheaper_equals_are_named
     )
 
 
+def test_rounds_after_the_last_window_have_a_number_and_no_moment():
+    given = result([cell("fedkola", 1, 0.5, moments=["2026-01"])])
+    (table,) = page.arrivals(page.tell(given)).tables
+    assert [row[0] for row in table.rows] == ["1 (2026-01)", "2"]
+
+
 def test_the_command_repeats_exactly_what_was_measured():
     size = page.SETUPS["clinc150"].sizes["standard"]
     whole = result([cell(row, s, 0.5) for row in size.rows for s in range(1, size.seeds + 1)])
