@@ -178,6 +178,7 @@ class Knowledge:
     scatter_share: float = 0.0
     adapt_share: float = 1.0
     adapt_rank: int = 32
+    adapt_energy: float = 1.0
     adapt_shortened: float = 0.5
     membership: str = "padded"
     top_k: int = 3
@@ -293,6 +294,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "knowledge.scatter_share": (0, _HUGE),
     "knowledge.adapt_share": (0, _HUGE),
     "knowledge.adapt_rank": (1, _WORD),
+    "knowledge.adapt_energy": (0, 1),
     "knowledge.adapt_shortened": (0, 1),
     "knowledge.top_k": (1, _WORD),
     "knowledge.tau_g": (_TINY, _HUGE),

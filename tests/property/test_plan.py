@@ -115,6 +115,7 @@ plans = st.builds(
         scatter_share=st.floats(0, 1e9),
         adapt_share=st.floats(0, 1e9),
         adapt_rank=st.integers(1, 4096),
+        adapt_energy=st.floats(0, 1),
         adapt_shortened=st.floats(0, 1),
         coverage_min=shares,
         half_life=st.none() | above_zero,

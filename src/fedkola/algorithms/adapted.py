@@ -54,6 +54,7 @@ class Adapted(FedKoLa):
     shortened: float
     adapt_rank: int
     exchanges: int
+    adapt_energy: float = field(metadata=LOCAL, default=1.0)
     adapt_share: float = field(metadata=LOCAL, default=1.0)
     until: int | None = field(metadata=LOCAL, default=None)
 
@@ -73,6 +74,7 @@ class Adapted(FedKoLa):
             exchanges=max(a.exchanges, 1),
             shortened=k.adapt_shortened,
             adapt_rank=k.adapt_rank,
+            adapt_energy=k.adapt_energy,
             adapt_share=k.adapt_share,
         )
 
@@ -128,7 +130,8 @@ class Adapted(FedKoLa):
                 continue
             rate = adaptation.schedule(step, self.exchanges, self.lr)
             weights, moments = moments.step(weights, wire.mean(found), lr=rate)
-        return {name: value for name, value in weights.items() if name != HEAD}
+        base = {name: value for name, value in weights.items() if name != HEAD}
+        return adaptation.needed(base, energy=self.adapt_energy)
 
     def pooling(self, number: int, bank: Bank, cohort: Cohort) -> KnowledgeCell | None:
         """No Gram of cells that a consolidation is about to sum anew."""

@@ -16,6 +16,7 @@ from fedkola.knowledge.stream import seeded
 from fedkola.types import Dataset, Weights
 
 PREFIX = "base."
+A, B = ".lora_A", ".lora_B"
 
 
 def digest(base: Weights) -> str:
@@ -45,6 +46,29 @@ def anchors(sums: Tensor, counts: Tensor) -> Tensor:
     """
     means = sums.to(torch.float32) / counts.clamp(min=1)[:, None].to(torch.float32)
     return torch.nn.functional.normalize(means, dim=1)
+
+
+def needed(base: Weights, *, energy: float) -> dict[str, Tensor]:
+    """The factors of the least rank that keeps this share of the energy |B A|^2 in every layer.
+
+    The best approximation of a layer's product by a rank is its truncated singular value
+    decomposition (Eckart and Young, 1936). One adapter has one rank: that of the neediest layer.
+    At 1 the factors are returned as they are.
+    """
+    if energy >= 1:
+        return dict(base)
+    layers = [name.removesuffix(A) for name in base if name.endswith(A)]
+    parts = {x: torch.linalg.svd((base[x + B] @ base[x + A]).double()) for x in layers}
+    rank = 1
+    for _, sizes, _ in parts.values():
+        share = sizes.square().cumsum(0) / sizes.square().sum().clamp(min=1e-30)
+        rank = max(rank, min(int((share < energy).sum()) + 1, len(base[layers[0] + A])))
+    found = {}
+    for layer, (left, sizes, right) in parts.items():
+        root = sizes[:rank].sqrt()
+        found[layer + B] = (left[:, :rank] * root).float()
+        found[layer + A] = (root[:, None] * right[:rank]).float()
+    return found
 
 
 def lesson(data: Dataset, *, share: float, shortened: float, seed: int, site: str) -> Dataset:

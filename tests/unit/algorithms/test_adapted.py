@@ -62,6 +62,18 @@ def test_no_gram_is_sent_for_cells_that_are_summed_anew_at_once(tmp_path: Path):
     assert revoked.count(CellKind.SCATTER) == 2
 
 
+def test_a_base_that_needs_less_is_summed_under_a_smaller_rank(tmp_path: Path):
+    settings = ("knowledge.adapt_rank=4", "knowledge.adapt_energy=0.3", "run.rounds=1")
+    federation, state = finished(tmp_path, *settings)
+    ranks = {len(value) for name, value in state.base.items() if name.endswith("lora_A")}
+    assert len(ranks) == 1
+    assert max(ranks) < 4
+    assert {cell.about.recipe["base"] for cell in state.bank.cells} == {
+        adaptation.digest(state.base)
+    }
+    assert oneshot.compare(federation, state).equal
+
+
 def test_an_adapter_and_module_slots_do_not_share_a_base(tmp_path: Path):
     with pytest.raises(Incompatible, match="lora"):
         small.assemble(tmp_path, "algorithm.name=adapted", 'knowledge.lanes=["analytic", "lora"]')

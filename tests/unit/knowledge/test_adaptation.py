@@ -47,6 +47,29 @@ def test_a_lesson_is_a_share_of_the_records_with_some_of_their_words():
     assert given != adaptation.lesson(data, share=0.25, shortened=0.5, seed=3, site="south")
 
 
+def test_a_base_keeps_the_rank_that_it_needs():
+    generator = torch.Generator().manual_seed(1)
+    strong, weak = torch.randn(8, 2, generator=generator), torch.randn(8, 4, generator=generator)
+    base = {
+        "q.lora_A": torch.randn(4, 6, generator=generator),
+        "q.lora_B": weak * torch.tensor([3.0, 1.0, 0.1, 0.1]),
+        "v.lora_A": torch.randn(4, 6, generator=generator),
+        "v.lora_B": torch.cat([strong, torch.zeros(8, 2)], dim=1),
+    }
+    assert adaptation.needed(base, energy=1.0) == base
+    ranks = []
+    for energy in (0.5, 0.9, 0.99, 0.999999):
+        found = adaptation.needed(base, energy=energy)
+        ranks.append({value.shape[0] for name, value in found.items() if name.endswith("A")})
+        for layer in ("q", "v"):
+            whole = base[f"{layer}.lora_B"] @ base[f"{layer}.lora_A"]
+            lost = whole - found[f"{layer}.lora_B"] @ found[f"{layer}.lora_A"]
+            assert float(lost.square().sum()) <= (1 - energy) * float(whole.square().sum()) + 1e-6
+    assert all(len(rank) == 1 for rank in ranks)
+    assert min(ranks[0]) < 4
+    assert ranks[3] == {4}
+
+
 def test_nodes_without_records_draw_nothing():
     anchors = adaptation.anchors(torch.tensor([[3, 4], [0, 0]]), torch.tensor([5, 0]))
     torch.testing.assert_close(anchors, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
