@@ -24,7 +24,7 @@ SEED = 99
 CAPS = (4, 8, 12, 20, 40, 100, 0)
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 3e-1)
 SPREADS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.03)
-SPREAD = views.Rule().spread
+SPREAD = 0.2
 RESULTS = Path(__file__).parent / "results"
 
 

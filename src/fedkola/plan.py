@@ -164,6 +164,7 @@ class Knowledge:
     bits: int = 4
     readout: str = "tree"
     lam: float = 1e-4
+    spread: float = 1.0
     lanes: tuple[str, ...] = ("analytic", "router")
     slots_max: int = 48
     basis_seed: int = 0
@@ -292,6 +293,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "knowledge.k_min": (1, _WORD),
     "knowledge.label_floor": (0, _WORD),
     "knowledge.scatter_share": (0, _HUGE),
+    "knowledge.spread": (_TINY, _HUGE),
     "knowledge.adapt_share": (0, _HUGE),
     "knowledge.adapt_rank": (1, _WORD),
     "knowledge.adapt_energy": (0, 1),

@@ -116,6 +116,7 @@ plans = st.builds(
         adapt_share=st.floats(0, 1e9),
         adapt_rank=st.integers(1, 4096),
         adapt_energy=st.floats(0, 1),
+        spread=st.floats(0.01, 10),
         adapt_shortened=st.floats(0, 1),
         coverage_min=shares,
         half_life=st.none() | above_zero,

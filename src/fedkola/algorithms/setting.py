@@ -52,6 +52,7 @@ def rule(plan: Plan) -> Rule:
     return Rule(
         readout=k.readout,
         lam=k.lam,
+        spread=k.spread,
         merge=k.merge,
         merge_lam=k.merge_lam,
         half_life=k.half_life,

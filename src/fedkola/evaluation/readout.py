@@ -43,7 +43,7 @@ def adapted_accuracy(federation: Federation, weights: Weights, test: Dataset) ->
         "seed": knowledge.basis_seed,
     }
     bank = banks.alone("adapted", words, tuple(row), recipe)
-    view = views.compute(bank, catalogue, Rule(lam=knowledge.lam), now=1)
+    view = views.compute(bank, catalogue, Rule(lam=knowledge.lam, spread=knowledge.spread), now=1)
     assert view.head is not None
     nodes = view.head.nodes[federation.level]
     z_test = _integers(federation, weights, test)

@@ -133,6 +133,8 @@ ALL = tuple(row for row in ROWS if not row.startswith(("fedkola-", "adapted")))
 
 
 _COMMON = ("cohort.minimum=3", "knowledge.public_reference=true")
+# Synonyms are worded otherwise than descriptions: chosen on three tenths of them (readout.py).
+_SYNONYMS = ("task.name=icd10cm", "task.level=block", "knowledge.spread=0.2")
 _RATES = (5e-4, 1e-3, 2e-3)
 # Few labels a window: a small Gram at growing intervals, and no router between scopes.
 _CHEAP = ('knowledge.lanes=["analytic"]', "knowledge.scatter_share=1")
@@ -141,7 +143,7 @@ SETUPS: Mapping[str, Setup] = {
     "icd-chapters": Setup(
         question="The 22 chapters of ICD-10-CM arrive at twelve hospitals over eight windows; "
         "which of 285 blocks does a clinician's synonym belong to?",
-        settings=(*_COMMON, "task.name=icd10cm", "task.level=block", "knowledge.slots_max=22"),
+        settings=(*_COMMON, *_SYNONYMS, "knowledge.slots_max=22"),
         sizes={
             "quick": Size(
                 seeds=1,
@@ -182,8 +184,7 @@ SETUPS: Mapping[str, Setup] = {
         "every method: which of 285 blocks does a clinician's synonym belong to?",
         settings=(
             *_COMMON,
-            "task.name=icd10cm",
-            "task.level=block",
+            *_SYNONYMS,
             "task.sites=12",
             "task.windows=8",
             "task.per_label=20",
@@ -197,8 +198,7 @@ SETUPS: Mapping[str, Setup] = {
         "after round 6: what is lost two rounds after the last window?",
         settings=(
             *_COMMON,
-            "task.name=icd10cm",
-            "task.level=block",
+            *_SYNONYMS,
             "task.sites=12",
             "task.windows=8",
             "run.rounds=10",
@@ -320,7 +320,6 @@ SETUPS: Mapping[str, Setup] = {
             "model.name=.cache/facts-base",
             "model.pooling=last",
             "knowledge.features=1024",
-            "knowledge.scatter_share=0.3",
         ),
         sizes={
             "standard": Size(
@@ -343,7 +342,7 @@ SETUPS: Mapping[str, Setup] = {
             ),
             "standard": Size(
                 seeds=5,
-                settings=("knowledge.features=2048", "knowledge.scatter_share=0.3"),
+                settings=("knowledge.features=2048",),
                 rows=("local", "fedit", "replay", "afcl", "fedkola", "joint"),
                 rates=_RATES,
             ),

@@ -60,14 +60,14 @@ CHUNK = 4096
 class Rule:
     """How cells become a model; part of the view's identity.
 
-    ``spread``, ``up`` and ``down`` are constants of the tree read-out, chosen by
-    ``benchmarks/readout.py``: whoever asks words things otherwise than whoever filed them, so the
-    scatter of filed records about their mean says less of questions than of records.
+    ``up`` and ``down`` are constants of the tree read-out, chosen by ``benchmarks/readout.py``.
+    ``spread`` is how much the scatter of records about the mean of their label counts: less than
+    1 where whoever asks words things otherwise than whoever filed them.
     """
 
     readout: str = "tree"
     lam: float = 1e-4
-    spread: float = 0.2
+    spread: float = 1.0
     up: float = 0.2
     down: float = 1.0
     merge: str = "gram"
