@@ -173,7 +173,8 @@ def tell(result: Mapping[str, Any]) -> Told:
 
 
 def is_own(row: str) -> bool:
-    return row == OWN or row.startswith(f"{OWN}-")
+    """Our own method with its variants, on the frozen base or on an adapted one."""
+    return row.split("-")[0] in (OWN, "adapted")
 
 
 def is_bound(row: str) -> bool:

@@ -243,6 +243,11 @@ def test_the_price_is_told_beside_the_best_baseline_and_cheaper_equals_are_named
     )
 
 
+def test_a_variant_of_our_own_is_no_baseline():
+    given = result([cell("fedkola", 1, 0.5), cell("adapted-wide", 1, 0.6), cell("fedit", 1, 0.4)])
+    assert page.tell(given).best == "fedit"
+
+
 def test_rounds_after_the_last_window_have_a_number_and_no_moment():
     given = result([cell("fedkola", 1, 0.5, moments=["2026-01"])])
     (table,) = page.arrivals(page.tell(given)).tables
