@@ -45,6 +45,10 @@ from fedkola.types import (
 )
 
 GRID = 18
+# A head of length 20 / 64 makes logits of 20 times the cosine, for local training multiplies by 64.
+# Beside the frozen embeddings, top-1 on development synonyms at p = 4,096: 0.746 at 20, 0.731 at
+# 64, 0.729 without adaptation (central, one seed each).
+LENGTH = 20 / 64
 KINDS = (CellKind.ANALYTIC, CellKind.ROUTER, CellKind.SCATTER)
 
 
@@ -113,7 +117,7 @@ class Adapted(FedKoLa):
         seen = self._enough(clients.sum(cohort, asked)).words
         weights: Weights = {
             **adapters.fresh(self.targets, rank=self.adapt_rank, seed=self.basis_seed),
-            HEAD: adaptation.anchors(seen["sums"], seen["counts"]),
+            HEAD: LENGTH * adaptation.anchors(seen["sums"], seen["counts"]),
         }
         moments = adaptation.adam(weights)
         for step in range(1, self.exchanges + 1):
