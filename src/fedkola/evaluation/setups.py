@@ -227,7 +227,7 @@ SETUPS: Mapping[str, Setup] = {
             "task.order=agnews",
             "task.partition=iid",
             'knowledge.lanes=["analytic"]',
-            "knowledge.features=1536",
+            "knowledge.features=5120",
         ),
         sizes={
             "standard": Size(
