@@ -145,7 +145,6 @@ class Site:
         data: Dataset,
         *,
         classes: Sequence[str],
-        pinned: Weights | None = None,
     ) -> Weights:
         return fit.gradients(
             self._trainer.foundation,
@@ -153,7 +152,6 @@ class Site:
             data.questions,
             self._rows(data, classes),
             scale=self._trainer.scale,
-            pinned=pinned,
         )
 
     def importance(

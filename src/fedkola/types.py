@@ -291,7 +291,6 @@ class Client(Protocol):
         data: Dataset,
         *,
         classes: Sequence[str],
-        pinned: Weights | None = None,
     ) -> Weights:
         """The gradient of an encoder's summed loss over ``data`` at ``weights``."""
         ...

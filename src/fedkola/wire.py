@@ -179,7 +179,7 @@ def total(replies: Iterable[Reply], grid: Grid, cohort: Cohort) -> Aggregate:
             "most of the sites; nothing is summed"
         )
     order = tuple(name for name in cohort if name in set(answered))
-    if grid.word < 8 * _WORDS[max(grid.word, 32)].itemsize:
+    if grid.word not in (32, 64):  # Those wrap in memory as they do in the ring.
         for name, value in words.items():
             _check_limit(name, _largest(value), 2 ** (grid.word - 1) - 1, 1)
     return Aggregate(cohort=order, words=words, grid=grid)

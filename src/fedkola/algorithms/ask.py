@@ -31,7 +31,7 @@ def ask(
     """One question of an algorithm, which may be given as its ``spec``.
 
     ``scale`` lists the fractional bits of every tensor of the answer, ``metrics`` likewise; the
-    weight is a whole number. ``word`` is 16, 24, 32 or 64; ``bounded`` says that the sum is known
+    weight is a whole number. ``word`` is one of Grid; ``bounded`` says that the sum is known
     to fit it.
     """
     named = algorithm if isinstance(algorithm, Mapping) else spec(algorithm)

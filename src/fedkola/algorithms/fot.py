@@ -26,9 +26,8 @@ from fedkola.algorithms import window
 from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.learn import taught
 from fedkola.algorithms.setting import Setting, training
-from fedkola.algorithms.window import A
 from fedkola.errors import Incompatible
-from fedkola.training.adapters import combine
+from fedkola.training.adapters import A, combine
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
 
 SCOPE = "fot"

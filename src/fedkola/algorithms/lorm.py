@@ -24,8 +24,8 @@ from fedkola.algorithms import window
 from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.learn import change, fit
 from fedkola.algorithms.setting import Setting, training
-from fedkola.algorithms.window import A, B
 from fedkola.knowledge.statistics import pack, unpack
+from fedkola.training.adapters import A, B
 from fedkola.types import (
     Aggregate,
     Broadcast,

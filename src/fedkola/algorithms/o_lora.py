@@ -20,8 +20,7 @@ from fedkola.algorithms import window
 from fedkola.algorithms.ask import LOCAL
 from fedkola.algorithms.learn import average, taught
 from fedkola.algorithms.setting import Setting, training
-from fedkola.algorithms.window import A
-from fedkola.training.adapters import combine
+from fedkola.training.adapters import A, combine
 from fedkola.types import (
     Broadcast,
     Client,

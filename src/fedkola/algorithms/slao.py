@@ -21,7 +21,7 @@ from fedkola.algorithms import window
 from fedkola.algorithms.ask import LOCAL
 from fedkola.algorithms.learn import average, taught
 from fedkola.algorithms.setting import Setting, training
-from fedkola.algorithms.window import A, B
+from fedkola.training.adapters import A, B
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
 
 SCOPE = "slao"

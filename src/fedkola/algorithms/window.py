@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from fedkola.knowledge import journal
+from fedkola.training.adapters import A, B
 from fedkola.types import Broadcast, Client, Dataset, Weights
-
-A, B = ".lora_A", ".lora_B"
 
 
 def pending(client: Client, asked: Broadcast) -> Dataset:

@@ -19,7 +19,7 @@ from fedkola.evaluation import generative, machine, metrics, oneshot, scoring, t
 from fedkola.evaluation.cells import Cells, Found, Note, Progress
 from fedkola.evaluation.demo import pooled
 from fedkola.evaluation.readout import adapted_accuracy
-from fedkola.evaluation.setups import ROWS, SETUPS, Row, Setup, Size
+from fedkola.evaluation.setups import READ_OUT, ROWS, SETUPS, Row, Setup, Size
 from fedkola.knowledge.bank import cell_bytes
 from fedkola.knowledge.stream import Stream, hash_share, split_test
 from fedkola.ledger import Ledger, RoundRow
@@ -208,7 +208,7 @@ def summary(cells: Sequence[Found], rows: Sequence[str]) -> dict[str, dict[str, 
             if all(_has(cell, of) for cell in own)
         }
         if all("readout" in cell for cell in own):
-            found[f"{row} + tree read-out"] = {
+            found[row + READ_OUT] = {
                 name: metrics.interval([cell["readout"][name] for cell in own])
                 for name in ("top1", "top5")
             } | {name: found[row][name] for name in ("megabytes", "cpu_s")}

@@ -19,10 +19,8 @@ from markupsafe import Markup
 from fedkola.errors import DataError
 from fedkola.evaluation import plots, report
 from fedkola.evaluation.cells import Found, about_machine, paired
-from fedkola.evaluation.setups import ROWS, SETUPS
+from fedkola.evaluation.setups import OWN, READ_OUT, SETUPS, is_bound, is_own
 
-OWN = "fedkola"
-READ_OUT = " + tree read-out"
 SMALL = "quick"
 NEEDED = (
     "question",
@@ -170,17 +168,6 @@ def tell(result: Mapping[str, Any]) -> Told:
     best = max(others, key=lambda row: _mean(rows[row], _top1), default="")
     own = OWN if OWN in rows else next((row for row in followed if is_own(row)), best)
     return Told(result=result, rows=rows, own=own, best=best if best != own else "")
-
-
-def is_own(row: str) -> bool:
-    """Our own method with its variants, on the frozen base or on an adapted one."""
-    return row.split("-")[0] in (OWN, "adapted")
-
-
-def is_bound(row: str) -> bool:
-    """Rows that no deployment could be: records pooled, or the truth told."""
-    about = ROWS.get(row.removesuffix(READ_OUT))
-    return row == "oracle" or (about is not None and about.pooled)
 
 
 def course(cells: Mapping[int, Found]) -> Course:

@@ -60,6 +60,13 @@ _ADAPTED = (
     "algorithm.lr=2e-3",
 )
 
+_AWAY = (
+    "algorithm.name=fedkola",
+    "scenario.availability=bernoulli",
+    "scenario.absent=0.3",
+    'scenario.late={"harbour-infectious"=3, "oldtown-metabolic"=4}',
+)
+
 ROWS: Mapping[str, Row] = {
     "local": Row(
         settings=("algorithm.name=local",),
@@ -107,18 +114,12 @@ ROWS: Mapping[str, Row] = {
         tuned=True,
     ),
     "fedkola-away": Row(
-        settings=(
-            "algorithm.name=fedkola",
-            "scenario.availability=bernoulli",
-            "scenario.absent=0.3",
-            'scenario.late={"harbour-infectious"=3, "oldtown-metabolic"=4}',
-            'scenario.quit={"lakeside-eye-ear"=6}',
-        ),
+        settings=(*_AWAY, 'scenario.quit={"lakeside-eye-ear"=6}'),
         about="the same where three of ten sites miss each round, two come late and one quits",
     ),
     "fedkola-forgets": Row(
-        settings=("algorithm.name=fedkola", 'scenario.leave={"lakeside-eye-ear"=6}'),
-        about="the same, all there but one that leaves and is forgotten",
+        settings=(*_AWAY, 'scenario.leave={"lakeside-eye-ear"=6}'),
+        about="the same, but that the one that quits is forgotten",
     ),
     "oracle": _trained("oracle", "an adapter per true scope, routed by the truth"),
     "joint": Row(
@@ -129,8 +130,23 @@ ROWS: Mapping[str, Row] = {
         pooled=True,
     ),
 }
-ALL = tuple(row for row in ROWS if not row.startswith(("fedkola-", "adapted")))
+OWN = "fedkola"
+READ_OUT = " + tree read-out"
+"""What a row is called that reads another one's representation with our head."""
 
+
+def is_own(row: str) -> bool:
+    """Our own method with its variants, on the frozen base or on an adapted one."""
+    return row.split("-")[0] in (OWN, "adapted")
+
+
+def is_bound(row: str) -> bool:
+    """Rows that no deployment could be: records pooled, or the truth told."""
+    about = ROWS.get(row.removesuffix(READ_OUT))
+    return row == "oracle" or (about is not None and about.pooled)
+
+
+ALL = tuple(row for row in ROWS if row == OWN or not is_own(row))
 
 _COMMON = ("cohort.minimum=3", "knowledge.public_reference=true")
 # Synonyms are worded otherwise than descriptions: chosen on three tenths of them (readout.py).

@@ -4,8 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fedkola.evaluation import metrics
 from fedkola.evaluation.cells import Found, interval, paired, target
+from fedkola.evaluation.setups import is_bound, is_own
 
 Verdicts = list[dict[str, str]]
+COSTLY = ("fedkola-wide", "adapted", "adapted-wide")
+"""Rows that may send what they like."""
 
 
 def judge(stream: str, cells: Sequence[Found]) -> Verdicts:
@@ -25,12 +28,8 @@ def _chapters(rows: Rows) -> Verdicts:
         _mean(rows, "fedkola", "285-way top-1 at <= 35 MB a site and window", _top1, ">=", 0.735),
         _mean(rows, "fedkola", "MB up a site and window", _megabytes, "<=", 35.0),
     ]
-    costly = ("fedkola-wide", "adapted", "adapted-wide")
-    found += [
-        _mean(rows, row, "285-way top-1 at any cost", _top1, ">=", 0.76)
-        for row in costly
-        if row in rows
-    ]
+    costly = [row for row in COSTLY if row in rows] or [COSTLY[-1]]
+    found += [_mean(rows, row, "285-way top-1 at any cost", _top1, ">=", 0.76) for row in costly]
     if own:
         equal = all(cell["equal_to_one_shot"] for cell in own.values())
         found.append(target("equal bits to one shot", "every seed", str(equal).lower(), equal))
@@ -43,7 +42,7 @@ def _chapters(rows: Rows) -> Verdicts:
         for seed, cell in rows.get("joint", {}).items()
         if "readout" in cell
     }
-    for row in ("fedkola", *(row for row in costly if row in rows)):
+    for row in ("fedkola", *costly):
         gaps = [
             cell["untouched"]["top1"] - joint[seed]
             for seed, cell in rows.get(row, {}).items()
@@ -70,6 +69,7 @@ def _releases(rows: Rows) -> Verdicts:
     return [
         target("new codes, share of joint", ">= 0.95", interval(ratio), met),
         _mean(rows, "fedkola", "retired or superseded, of all answers", _outdated, "<=", 0.01),
+        _mean(rows, "fedkola", "the same, of answers that had changed", _stale, "<=", 0.01),
     ]
 
 
@@ -79,8 +79,9 @@ def _who(rows: Rows) -> Verdicts:
 
 def _orders(rows: Rows) -> Verdicts:
     """Best, or within the interval of the best baseline; forgetting; at most half of the bytes."""
-    bounds = {"fedkola", "oracle", "joint", "joint + tree read-out"}
-    others = {name: cells for name, cells in rows.items() if name not in bounds}
+    others = {
+        name: cells for name, cells in rows.items() if not is_own(name) and not is_bound(name)
+    }
     own = rows.get("fedkola", {})
     if not own or not others:
         return [target("final top-1 against the best baseline", ">= 0", "", None)]
@@ -108,20 +109,19 @@ def _orders(rows: Rows) -> Verdicts:
 
 
 def _availability(rows: Rows) -> Verdicts:
-    gap = paired(rows.get("fedkola-away", {}), rows.get("fedkola", {}), _top1)
-    met = None if gap is None else gap["mean"] >= -0.01
-    return [target("top-1 minus full availability", ">= -0.010", interval(gap), met)]
+    return [
+        _behind(rows, "fedkola-away", "fedkola", "top-1 minus full availability"),
+        _behind(rows, "fedkola-forgets", "fedkola", "the same, the leaver forgotten"),
+    ]
 
 
 def _static(rows: Rows) -> Verdicts:
     own, other = rows.get("fedkola", {}), rows.get("fedex_lora", {})
-    gap = paired(own, other, _top1)
+    found = _behind(rows, "fedkola", "fedex_lora", "top-1 minus FedEx-LoRA")
     share = [own[seed]["bytes_up"] / other[seed]["bytes_up"] for seed in own if seed in other]
-    text = (
-        "" if gap is None else f"{interval(gap)} at {metrics.interval(share)['mean']:.2f} x bytes"
-    )
-    met = None if gap is None else gap["mean"] >= -0.01
-    return [target("top-1 minus FedEx-LoRA", ">= -0.010", text, met)]
+    if share:
+        found["value"] += f" at {metrics.interval(share)['mean']:.2f} x bytes"
+    return [found]
 
 
 def _facts(rows: Rows) -> Verdicts:
@@ -161,6 +161,13 @@ def _mean(
     found = metrics.interval(own)
     met = found["mean"] >= bound if sign == ">=" else found["mean"] <= bound
     return target(f"{name} ({row})", text, interval(found), met)
+
+
+def _behind(rows: Rows, row: str, other: str, name: str) -> dict[str, str]:
+    """Final top-1 of a row minus another's, by seed, which may be one point below."""
+    gap = paired(rows.get(row, {}), rows.get(other, {}), _top1)
+    met = None if gap is None else gap["mean"] >= -0.01
+    return target(f"{name} ({row})", ">= -0.010", interval(gap), met)
 
 
 def _most(name: str, values: Sequence[float], bound: float) -> dict[str, str]:

@@ -12,11 +12,11 @@ from random import Random
 import torch
 from torch import Tensor
 
+from fedkola.knowledge.basis import A, B
 from fedkola.knowledge.stream import seeded
 from fedkola.types import Dataset, Weights
 
 PREFIX = "base."
-A, B = ".lora_A", ".lora_B"
 
 
 def digest(base: Weights) -> str:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from fedkola.errors import BasisMismatch
 
+A, B = ".lora_A", ".lora_B"
+"""How the names of the two factors of a layer end."""
+
 
 def slot(
     targets: Mapping[str, tuple[int, int]], *, index: int, rank: int, seed: int
@@ -30,7 +33,7 @@ def slot(
                 f"{width}; lower knowledge.slots_max or algorithm.rank"
             )
         rows = orthogonal(width, layer, seed)[index * rank : (index + 1) * rank]
-        chosen[f"{layer}.lora_A"] = rows.clone()
+        chosen[layer + A] = rows.clone()
     return chosen
 
 

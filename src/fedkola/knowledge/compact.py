@@ -37,10 +37,10 @@ from fedkola.knowledge.bank import (
     content,
     find,
 )
+from fedkola.knowledge.basis import A, B
 from fedkola.knowledge.statistics import COUNTS, SUMS
 from fedkola.types import Aggregate, Grid, Weights
 
-A, B = ".lora_A", ".lora_B"
 FADED = 8
 """Half-lives after which cells may be added up: by then they weigh less than 2^-8."""
 

@@ -126,25 +126,22 @@ def gradients(
     labels: Sequence[int],
     *,
     scale: float,
-    pinned: Weights | None = None,
 ) -> dict[str, Tensor]:
     """The gradient of the summed loss of an encoder's texts at ``weights``: float64, by tensor.
 
     Sums over sites are what one site with all records would compute. Arguments as for ``fit``.
     """
-    fixed = dict(pinned or {})
-    start = {name: v.detach().float() for name, v in weights.items() if name not in fixed}
-    require_head({**start, **fixed}, labels, len(texts))
+    start = {name: value.detach().float() for name, value in weights.items()}
+    require_head(start, labels, len(texts))
     require_trainable(start, None)
     ids = encode(foundation, texts)
     sums = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in start.items()}
-    with adapted(foundation, {**start, **fixed}, scale=scale) as model, side_by_side() as each:
+    with adapted(foundation, start, scale=scale) as model, side_by_side() as each:
         leaves = _leaves(model, start)
-        everything = {**fixed, **leaves}
 
         def part(rows: list[int]) -> Sequence[Tensor]:
             asked = [ids[row] for row in rows]
-            loss = _label_loss(model, everything, asked, [labels[row] for row in rows])
+            loss = _label_loss(model, leaves, asked, [labels[row] for row in rows])
             return torch.autograd.grad(loss, list(leaves.values()))
 
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))

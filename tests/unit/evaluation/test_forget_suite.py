@@ -40,7 +40,7 @@ def test_every_third_site_leaves_and_a_fifth_of_the_patients_withdraw():
     assert [r.site for r in suite.requests(stream(), "sites")] == ["north", "west"]
     asked = suite.requests(stream(), "patients")
     assert all(r.kind == "patient" and r.name.startswith(r.site) for r in asked)
-    assert 1 <= len(asked) <= 15  # of 35
+    assert len(asked) == 7  # of 35
 
 
 def test_gradient_unlearning_pushes_forgotten_records_down_and_keeps_the_shape():
