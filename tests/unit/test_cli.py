@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import typer
 from typer.main import get_command
 
 from fedkola import __version__, cli, errors
+from fedkola.cli import doctor, rounds, text
 from fedkola.types import Report
 
 COMMAND = Path(sys.executable).with_name("fedkola")
@@ -116,9 +118,9 @@ def test_a_disk_that_is_full_outside_the_ledger_is_named_too(
 
 def test_a_defect_keeps_its_traceback_and_exits_1(tmp_path: Path):
     program = (
-        "from fedkola import cli\n"
+        "from fedkola.cli import doctor, main\n"
         "def broken(*_): raise ZeroDivisionError('a defect')\n"
-        "cli._EXAMINATIONS = (broken,)\ncli.main(['doctor'])"
+        "doctor.EXAMINATIONS = (broken,)\nmain(['doctor'])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
@@ -159,7 +161,7 @@ def test_the_doctor_says_what_to_do_and_exits_7(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(cli, "_EXAMINATIONS", (cli._examine_python,))
+    monkeypatch.setattr(doctor, "EXAMINATIONS", (doctor.examine_python,))
     assert ended("doctor") == 7
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("ok    python: 3.")
@@ -170,11 +172,11 @@ def test_the_doctor_says_what_to_do_and_exits_7(
 def test_the_doctor_finds_a_full_disk_and_a_folder_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cli, "FREE_BYTES", 1 << 62)
-    monkeypatch.setattr(cli.tempfile, "tempdir", None)
-    full, _ = cli._examine_disk(tmp_path)
+    monkeypatch.setattr(doctor, "FREE_BYTES", 1 << 62)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    full, _ = doctor.examine_disk(tmp_path)
     assert "or use --folder" in full.todo
-    _, unwritable = cli._examine_disk(Path("/proc/self"))
+    _, unwritable = doctor.examine_disk(Path("/proc/self"))
     assert "no ledger can be written at /proc/self" in unwritable.found
     assert "run.folder" in unwritable.todo
 
@@ -182,9 +184,9 @@ def test_the_doctor_finds_a_full_disk_and_a_folder_that_cannot_be_written(
 def test_the_doctor_finds_another_model_than_the_packaged_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cli, "MINILM_HASH", "0" * 64)
-    monkeypatch.setattr(cli, "ICD_CODES", 5)
-    model, codes = cli._examine_data(tmp_path)
+    monkeypatch.setattr(doctor, "MINILM_HASH", "0" * 64)
+    monkeypatch.setattr(doctor, "ICD_CODES", 5)
+    model, codes = doctor.examine_data(tmp_path)
     assert model.found.endswith(", not 0000000000000000")
     assert codes.found == "ICD-10-CM with 46,881 entries, not 5"
     assert "pip install" in model.todo
@@ -195,20 +197,22 @@ def test_the_doctor_finds_another_model_than_the_packaged_one(
 
 
 def test_a_round_is_one_line_with_its_refusals():
-    assert cli._line(report()) == (
+    assert rounds.as_line(report()) == (
         "round  2  3 asked 2 answered  31.0 s  top-1 0.412  known 33  refused: east (StepFailed)"
     )
 
 
 def test_a_row_of_the_final_table_leaves_single_scopes_out():
-    row = cli._row({"cohort": ["a", "b"], "refused": {}, "metrics": {"asked": 9, "asked/x": 4}})
+    row = rounds.as_row(
+        {"cohort": ["a", "b"], "refused": {}, "metrics": {"asked": 9, "asked/x": 4}}
+    )
     assert row["asked"] == row["answered"] == "2"
     assert row["tested"] == "9"
     assert "asked/x" not in row
 
 
 @pytest.mark.parametrize(
-    ("value", "text"),
+    ("value", "shown"),
     [
         (3, "3"),
         (3.0, "3"),
@@ -218,21 +222,21 @@ def test_a_row_of_the_final_table_leaves_single_scopes_out():
         (math.inf, "inf"),
     ],
 )
-def test_numbers_are_short(value: float, text: str):
-    assert cli._number(value) == text
+def test_numbers_are_short(value: float, shown: str):
+    assert text.number(value) == shown
 
 
 def test_nan_is_a_number_too():
-    assert cli._number(math.nan) == "nan"
+    assert text.number(math.nan) == "nan"
 
 
 def test_json_output_is_json_even_where_numbers_are_not(capsys: pytest.CaptureFixture[str]):
-    cli._print_json({"loss": math.nan, "rows": ({"top": math.inf}, 2)})
+    text.print_json({"loss": math.nan, "rows": ({"top": math.inf}, 2)})
     assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [{"top": None}, 2]}
 
 
 def test_without_a_terminal_progress_draws_nothing(capsys: pytest.CaptureFixture[str]):
-    with cli._drawn("demo", 8) as (note, progress):
+    with rounds.drawn("demo", 8) as (note, progress):
         note("reading")
         progress(report())
     assert capsys.readouterr() == ("", "")
@@ -241,7 +245,7 @@ def test_without_a_terminal_progress_draws_nothing(capsys: pytest.CaptureFixture
 def test_control_c_before_anything_is_saved_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    with pytest.raises(typer.Exit) as end, cli._resumable(tmp_path, "fedkola run --resume r"):
+    with pytest.raises(typer.Exit) as end, rounds.resumable(tmp_path, "fedkola run --resume r"):
         raise KeyboardInterrupt
     assert end.value.exit_code == 130
     assert "give the same command again" in capsys.readouterr().err

@@ -1,0 +1,114 @@
+"""The group ``fedkola bench``: run a frozen suite, write its results as pages."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedkola.cli.rounds import drawn, resumable
+from fedkola.cli.text import AsJson, examples, print_json
+
+app = typer.Typer(
+    help="Run a frozen evaluation suite, or write its results as pages.", no_args_is_help=True
+)
+RESULTS = Path("benchmarks/results")
+
+
+@app.command(
+    epilog=examples(
+        "fedkola bench dynamic --profile quick",
+        "fedkola bench dynamic --stream clinc150 --profile standard",
+        "fedkola bench dynamic --stream icd-chapters --rows fedkola,joint --seeds 1",
+    )
+)
+def dynamic(
+    stream: Annotated[str, typer.Option(help="Stream of the suite.")] = "icd-chapters",
+    profile: Annotated[str, typer.Option(help="Size: quick, standard or full.")] = "standard",
+    seeds: Annotated[int, typer.Option(min=0, help="Seeds to run; 0 is the profile's own.")] = 0,
+    rows: Annotated[str, typer.Option(help="Rows of the table, a,b; empty is the profile's.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for JSON and tables.")] = RESULTS,
+    as_json: AsJson = False,
+) -> None:
+    """Does knowledge stay current, everywhere it may be, without forgetting?"""
+    from fedkola.evaluation import dynamic as suite
+
+    again = (
+        f"fedkola bench dynamic --stream {stream} --profile {profile} --seeds {seeds} "
+        + (f"--rows {shlex.quote(rows)} " if rows else "")
+        + f"--out {shlex.quote(str(out))}"
+    )
+    with resumable(None, again), drawn("dynamic") as (note, progress):
+        result = suite.run(
+            stream=stream,
+            profile=profile,
+            seeds=seeds,
+            out=out,
+            note=note,
+            progress=progress,
+            rows=tuple(row.strip() for row in rows.split(",") if row.strip()),
+        )
+    if as_json:
+        print_json(dict(result))
+        return
+    print(suite.table(result))
+    print(f"results: {out}")
+
+
+@app.command(
+    "forget",
+    epilog=examples(
+        "fedkola bench forget --profile quick",
+        "fedkola bench forget --profile standard --seeds 1",
+    ),
+)
+def bench_forget(
+    profile: Annotated[str, typer.Option(help="Size: quick or standard.")] = "standard",
+    seeds: Annotated[int, typer.Option(min=0, help="Seeds to run; 0 is the profile's own.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for JSON and tables.")] = RESULTS,
+    as_json: AsJson = False,
+) -> None:
+    """Is what was removed really gone, and what does removing it cost?"""
+    from fedkola.evaluation import forget as suite
+
+    again = (
+        f"fedkola bench forget --profile {profile} --seeds {seeds} --out {shlex.quote(str(out))}"
+    )
+    with resumable(None, again), drawn("forget") as (note, progress):
+        result = suite.run(profile=profile, seeds=seeds, out=out, note=note, progress=progress)
+    if as_json:
+        print_json(dict(result))
+        return
+    print(suite.table(result))
+    print(f"results: {out}")
+
+
+@app.command(
+    epilog=examples(
+        "fedkola bench report",
+        "fedkola bench report --profile quick --out pages",
+    )
+)
+def report(
+    results: Annotated[Path, typer.Option(help="Folder with the JSON of a suite.")] = RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder for the pages.")] = Path("docs/results"),
+    profile: Annotated[
+        str, typer.Option(help="Only results of this size; empty: all but quick ones.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Write one page a stream from its results: what happened, what was lost, what it cost.
+
+    As Markdown, as standalone HTML, and its plots as SVG. Nothing is measured.
+    """
+    from fedkola.evaluation import page
+
+    written = page.pages(results, profile=profile)
+    for name, text in written.items():
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    if as_json:
+        print_json({"out": str(out), "files": list(written)})
+        return
+    print(f"{sum(name.endswith('.html') for name in written)} pages: {out / 'README.md'}")
