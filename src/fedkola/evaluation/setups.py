@@ -100,6 +100,10 @@ ROWS: Mapping[str, Row] = {
         settings=(*_ADAPTED, "knowledge.features=12288"),
         about="the same with 12,288 features",
     ),
+    "adapted-narrow": Row(
+        settings=(*_ADAPTED, "knowledge.features=2048", "algorithm.epochs=6"),
+        about="the same with 2,048 features and six passes",
+    ),
     "fedkola-cheap": Row(
         settings=("algorithm.name=fedkola", "knowledge.features=1024"),
         about="the same with 1,024 features",
@@ -249,7 +253,7 @@ SETUPS: Mapping[str, Setup] = {
             "standard": Size(
                 seeds=5,
                 settings=("task.per_label=250", "algorithm.exchanges=6"),
-                rows=("fedkola", "fedit", "ffa_lora", "fedex_lora"),
+                rows=("fedkola", "adapted-narrow", "fedit", "ffa_lora", "fedex_lora"),
                 rates=_RATES,
             )
         },

@@ -116,12 +116,7 @@ def _availability(rows: Rows) -> Verdicts:
 
 
 def _static(rows: Rows) -> Verdicts:
-    own, other = rows.get("fedkola", {}), rows.get("fedex_lora", {})
-    found = _behind(rows, "fedkola", "fedex_lora", "top-1 minus FedEx-LoRA")
-    share = [own[seed]["bytes_up"] / other[seed]["bytes_up"] for seed in own if seed in other]
-    if share:
-        found["value"] += f" at {metrics.interval(share)['mean']:.2f} x bytes"
-    return [found]
+    return [_at_bytes(rows, row) for row in ("fedkola", "adapted-narrow")]
 
 
 def _facts(rows: Rows) -> Verdicts:
@@ -168,6 +163,16 @@ def _behind(rows: Rows, row: str, other: str, name: str) -> dict[str, str]:
     gap = paired(rows.get(row, {}), rows.get(other, {}), _top1)
     met = None if gap is None else gap["mean"] >= -0.01
     return target(f"{name} ({row})", ">= -0.010", interval(gap), met)
+
+
+def _at_bytes(rows: Rows, row: str) -> dict[str, str]:
+    """A row minus FedEx-LoRA, with the share of its bytes that it sent."""
+    own, other = rows.get(row, {}), rows.get("fedex_lora", {})
+    found = _behind(rows, row, "fedex_lora", "top-1 minus FedEx-LoRA")
+    share = [own[seed]["bytes_up"] / other[seed]["bytes_up"] for seed in own if seed in other]
+    if share:
+        found["value"] += f" at {metrics.interval(share)['mean']:.2f} x bytes"
+    return found
 
 
 def _most(name: str, values: Sequence[float], bound: float) -> dict[str, str]:
