@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fedkola import server
+from fedkola import removal, server
 from fedkola.evaluation import dynamic, machine, oneshot, tasks
 from fedkola.evaluation.setups import SETUPS
+from fedkola.federation import load_state
 from fedkola.knowledge.forget import Request
 from fedkola.ledger import Ledger
 
@@ -41,8 +42,8 @@ def main() -> None:
                 Request(kind="site", site=SITE),
                 Request(kind="patient", site=OTHER, name=patient),
             ):
-                receipt = server.remove(federation, ledger, request, recount=True)
-                state, _ = server.load_state(federation, ledger)
+                receipt = removal.remove(federation, ledger, request, recount=True)
+                state, _ = load_state(federation, ledger)
                 found.append(
                     {
                         "kind": receipt.kind,

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import small_federation as small
 
-from fedkola import server
+from fedkola import removal
+from fedkola.federation import load_state
 from fedkola.knowledge import forget, journal
 from fedkola.knowledge.forget import Request
 from fedkola.ledger import Ledger
@@ -57,7 +58,8 @@ sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 import small_federation as small
-from fedkola import client, ledger, server
+from fedkola import client, ledger, removal
+from fedkola.knowledge.forget import Request
 
 def die_on_call(where, after):
     place, name = where.split(".")
@@ -79,9 +81,9 @@ for folder, where, after, settings, patient, revised in json.loads(sys.argv[2]):
         federation = small.assemble(Path(folder), *settings, sites=sites)
         die_on_call(where, after)
         if patient:
-            request = server.Request(kind="patient", site="north", name=patient)
+            request = Request(kind="patient", site="north", name=patient)
             with ledger.Ledger.open(Path(folder)) as opened:
-                server.remove(federation, opened, request)
+                removal.remove(federation, opened, request)
         else:
             small.run(federation)
         os._exit(0)
@@ -204,9 +206,9 @@ def test_a_removal_killed_between_its_commit_and_the_sites_deletion_is_finished_
     store = federation.sites["north"].store
     assert any(PATIENT.name in entry.patients for entry in journal.entries(store))
     with Ledger.open(federation.folder) as ledger:
-        committed = small.cells(server.load_state(federation, ledger)[0])
-        receipt = server.remove(federation, ledger, PATIENT)
-        assert small.cells(server.load_state(federation, ledger)[0]) == committed
+        committed = small.cells(load_state(federation, ledger)[0])
+        receipt = removal.remove(federation, ledger, PATIENT)
+        assert small.cells(load_state(federation, ledger)[0]) == committed
         (row,) = ledger.removals("small")
         saved = ledger.last("small")
     assert receipt.already
@@ -224,7 +226,7 @@ def test_records_accepted_for_removal_are_not_in_a_round_that_was_interrupted(
     federation = small.assemble(killed["interrupted"], FAST)
     with Ledger.open(federation.folder) as ledger:
         assert ledger.run().round == 1  # round 2 is answered by every site and not committed
-        server.remove(federation, ledger, PATIENT)
+        removal.remove(federation, ledger, PATIENT)
     state = small.run(federation)
     assert small.cells(state) == small.cells(without_the_patient)
     assert state.calibration == without_the_patient.calibration

@@ -23,11 +23,11 @@ from transformers import BertConfig, BertModel
 from fedkola import plan as plans
 from fedkola import server, wire
 from fedkola.engines.in_process import InProcess
+from fedkola.federation import Federation
 from fedkola.knowledge.stream import Stream
 from fedkola.ledger import Ledger
 from fedkola.plan import Plan
 from fedkola.privacy.guards import Guarded
-from fedkola.server import Federation
 from fedkola.training import model
 from fedkola.training.model import Foundation
 from fedkola.types import Catalogue, Dataset, Label

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkola import server
+from fedkola import removal
+from fedkola.federation import load_state
 from fedkola.knowledge.forget import Request
 from fedkola.ledger import Ledger
 
@@ -20,9 +21,9 @@ def view_and_cells(folder: Path, sites: small.Data, requests: list[Request]):
     state = small.run(federation)
     with Ledger.open(folder) as ledger:
         for request in requests:
-            receipt = server.remove(federation, ledger, request, recount=True)
+            receipt = removal.remove(federation, ledger, request, recount=True)
             assert receipt.recount is True
-        state, _ = server.load_state(federation, ledger)
+        state, _ = load_state(federation, ledger)
         ledger.verify("small")
     return federation.algorithm.view(state).id, small.cells(state), state
 

@@ -9,14 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedkola import server
 from fedkola.algorithms.fedkola import FedKoLa, State
 from fedkola.errors import UnknownCell
 from fedkola.evaluation import oneshot
+from fedkola.federation import Federation, settle_revision
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.bank import CellKind
 from fedkola.knowledge.forget import Request
-from fedkola.server import Federation
 
 FAST = ('knowledge.lanes=["analytic"]', "knowledge.features=8")
 cohorts = st.just(list(small.SITES)) | st.lists(
@@ -107,7 +106,7 @@ def test_after_any_rounds_and_removals_every_sum_is_over_exactly_what_is_left(st
             cohort = tuple(site for site in small.SITES if site in present and site not in gone)
             if len(cohort) >= 3:
                 state = federation.algorithm.round(number, state, cohort, federation.clients)
-                server._settle_revision(federation, state)
+                settle_revision(federation, state)
                 check(federation, state)
             if request and request.site not in gone:
                 state = removed(federation, state, named(request), present)
@@ -116,6 +115,6 @@ def test_after_any_rounds_and_removals_every_sum_is_over_exactly_what_is_left(st
         cohort = tuple(site for site in small.SITES if site not in gone)
         if len(cohort) >= 3:
             state = federation.algorithm.round(9, state, cohort, federation.clients)
-            server._settle_revision(federation, state)
+            settle_revision(federation, state)
             assert state.revision.waiting == 0
             check(federation, state)

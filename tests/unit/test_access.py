@@ -7,8 +7,9 @@ from pathlib import Path
 import small_federation as small
 import torch
 
-from fedkola import server, wire
+from fedkola import wire
 from fedkola.evaluation import scoring
+from fedkola.federation import Federation
 from fedkola.knowledge import bank as banks
 
 FAST = ('knowledge.lanes=["analytic", "router"]', "knowledge.features=16")
@@ -31,7 +32,7 @@ def watched(seen: dict[str, list], name: str) -> Callable:
     return wrap
 
 
-def ran(folder: Path, *settings: str) -> tuple[dict[str, list], server.Federation, object]:
+def ran(folder: Path, *settings: str) -> tuple[dict[str, list], Federation, object]:
     seen: dict[str, list] = {}
     wrap = {name: watched(seen, name) for name in small.SITES}
     federation = small.assemble(folder, *FAST, *settings, wrap=wrap)

@@ -12,6 +12,7 @@ from fedkola.algorithms import questions
 from fedkola.algorithms.fedkola import State
 from fedkola.client import Site
 from fedkola.errors import DataError, StepFailed, UnknownCell
+from fedkola.federation import initial_weights
 from fedkola.knowledge import journal, openings
 from fedkola.knowledge.bank import Bank
 from fedkola.knowledge.forget import Request
@@ -199,7 +200,7 @@ def test_two_sites_train_from_different_seeds_and_each_repeats_its_own(
     north, south = federation.sites["north"], federation.sites["south"]
     data = north.knowledge.until(1)
     weights = {
-        **small.server.initial_weights(federation),
+        **initial_weights(federation),
         "head.weight": torch.zeros(9, 16),
         "head.bias": torch.zeros(9),
     }
@@ -226,7 +227,7 @@ def test_a_loss_that_is_not_finite_is_this_sites_failure(federation: small.Feder
     weights = {"head.weight": torch.full((9, 16), float("nan")), "head.bias": torch.zeros(9)}
     with pytest.raises(StepFailed, match="loss"):
         site.fit(
-            {**small.server.initial_weights(federation), **weights},
+            {**initial_weights(federation), **weights},
             site.knowledge.until(1),
             steps=1,
             batch=4,
@@ -240,7 +241,7 @@ def test_evaluation_adds_up_over_records(federation: small.Federation):
     site = federation.sites["north"]
     data = site.knowledge.until(3)
     weights = {
-        **small.server.initial_weights(federation),
+        **initial_weights(federation),
         "head.weight": torch.randn(9, 16, generator=torch.Generator().manual_seed(0)),
         "head.bias": torch.zeros(9),
     }

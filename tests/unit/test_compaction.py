@@ -10,13 +10,13 @@ import pytest
 import small_federation as small
 import torch
 
-from fedkola import server
+from fedkola import removal, server
 from fedkola.errors import ForgetIncomplete
+from fedkola.federation import Federation, load_state
 from fedkola.knowledge import archive
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.forget import ForgetReceipt, Request
 from fedkola.ledger import Ledger
-from fedkola.server import Federation
 from fedkola.types import Dataset
 
 ROUNDS = 6
@@ -53,8 +53,8 @@ def forgotten(federation: Federation, *, purge: bool = False) -> tuple[ForgetRec
         if purge:
             server.purge_archive(federation, ledger)
         request = Request(kind="patient", site="north", name=GONE)
-        receipt = server.remove(federation, ledger, request, recount=True)
-        return receipt, server.load_state(federation, ledger)[0]
+        receipt = removal.remove(federation, ledger, request, recount=True)
+        return receipt, load_state(federation, ledger)[0]
 
 
 def head(federation: Federation, state: Any) -> list[torch.Tensor]:
@@ -111,11 +111,11 @@ def test_a_purged_cell_whose_site_is_away_cannot_be_changed(tmp_path: Path):
     ).clients
     with Ledger.open(tmp_path) as ledger:
         server.purge_archive(little, ledger)
-        before = small.fingerprint(server.load_state(little, ledger)[0])
+        before = small.fingerprint(load_state(little, ledger)[0])
         request = Request(kind="patient", site="north", name=GONE)
         with pytest.raises(ForgetIncomplete, match="was purged from the archive and cannot be"):
-            server.remove(replace(little, clients=clients), ledger, request)
-        assert small.fingerprint(server.load_state(little, ledger)[0]) == before
+            removal.remove(replace(little, clients=clients), ledger, request)
+        assert small.fingerprint(load_state(little, ledger)[0]) == before
 
 
 def refuse(message: bytes) -> bytes:

@@ -9,8 +9,9 @@ import pytest
 import small_federation as small
 import torch
 
-from fedkola import server
+from fedkola import removal, server
 from fedkola.errors import ForgetIncomplete, KnowledgeError, UnknownCell, UnknownName
+from fedkola.federation import load_state
 from fedkola.knowledge import forget, journal, membership, statistics
 from fedkola.knowledge.bank import CellKind
 from fedkola.knowledge.forget import ForgetReceipt, Request, Waiting
@@ -55,12 +56,12 @@ def private(finished_private: Path, tmp_path: Path) -> small.Federation:
 
 def state_of(federation: small.Federation) -> Any:
     with Ledger.open(federation.folder) as ledger:
-        return server.load_state(federation, ledger)[0]
+        return load_state(federation, ledger)[0]
 
 
 def removed(federation: small.Federation, *requests: Request, **how: bool) -> list[ForgetReceipt]:
     with Ledger.open(federation.folder) as ledger:
-        receipts = [server.remove(federation, ledger, request, **how) for request in requests]
+        receipts = [removal.remove(federation, ledger, request, **how) for request in requests]
         ledger.verify("small")
         return receipts
 
@@ -194,7 +195,7 @@ def test_requests_that_are_carried_out_together_equal_one_after_the_other(
     shutil.copytree(finished, tmp_path / "other")
     other = small.assemble(tmp_path / "other", *FAST)
     with Ledger.open(federation.folder) as ledger:
-        receipts = server.remove_together(federation, ledger, requests, recount=True)
+        receipts = removal.remove_together(federation, ledger, requests, recount=True)
         (row,) = ledger.removals("small")
     removed(other, *requests)
     assert small.cells(state_of(federation)) == small.cells(state_of(other))
@@ -215,7 +216,7 @@ def test_lora_cells_of_a_batch_are_retrained_once_without_any_of_its_records(tmp
         Request(kind="patient", site="north", name="north-p4"),
     ]
     with Ledger.open(federation.folder) as ledger:
-        (first, _) = server.remove_together(federation, ledger, requests, recount=True)
+        (first, _) = removal.remove_together(federation, ledger, requests, recount=True)
     sites = small.without(small.data(), "north", patients=("north-p3", "north-p4"))
     assert small.cells(state_of(federation)) == small.cells(never(tmp_path / "never", sites))
     assert {c.outcome for c in first.cells if c.kind == "lora"} == {"E2"}
@@ -355,16 +356,16 @@ def test_a_removal_on_its_own_shows_the_record_and_a_batch_shows_only_the_sum(
     # With waiting nothing moves until three sites give something back to the same cells.
     before = state_of(private)
     with Ledger.open(private.folder) as ledger:
-        first = server.request_removal(private, ledger, requests[0])
-        second = server.request_removal(private, ledger, requests[1])
+        first = removal.request_removal(private, ledger, requests[0])
+        second = removal.request_removal(private, ledger, requests[1])
         assert isinstance(first, Waiting)
         assert isinstance(second, Waiting)
         assert (first.lacking, second.lacking) == (2, 1)
         assert small.fingerprint(state_of(private)) == small.fingerprint(before)
-        assert len(server.waiting(private, ledger)) == 2
-        third = server.request_removal(private, ledger, requests[2])
+        assert len(removal.waiting(private, ledger)) == 2
+        third = removal.request_removal(private, ledger, requests[2])
         assert isinstance(third, ForgetReceipt)
-        assert server.waiting(private, ledger) == ()
+        assert removal.waiting(private, ledger) == ()
         ledger.verify("small")
     seen = difference(before, state_of(private))
     assert torch.equal(seen[statistics.SUMS].sum(0), torch.stack(embeddings).sum(0))
@@ -387,10 +388,10 @@ def test_a_record_that_waits_is_not_contributed_any_more_and_goes_after_the_long
 
         with pytest.raises(KeyboardInterrupt):
             server.run(federation, ledger, observe=lambda *_: {}, progress=stop_after_one)
-        found = server.request_removal(federation, ledger, request)
+        found = removal.request_removal(federation, ledger, request)
         assert isinstance(found, Waiting)
         assert (found.since, found.until, found.lacking) == (1, 2, 2)
-        again = server.request_removal(federation, ledger, request)
+        again = removal.request_removal(federation, ledger, request)
         assert again == found
         assert [e.kind for e in ledger.events(name)].count("REQUEST") == 1
         assert request.name not in federation.sites["north"].knowledge.until(3).records
@@ -485,18 +486,18 @@ def test_what_is_foreseen_is_what_the_receipt_then_says(tmp_path: Path):
     request = Request(kind="patient", site="north", name="north-p3")
     before = small.fingerprint(state_of(federation))
     with Ledger.open(tmp_path) as ledger:
-        steps = server.foresee(federation, ledger, request)
+        steps = removal.foresee(federation, ledger, request)
         assert small.fingerprint(state_of(federation)) == before
         assert forget.accepted(federation.sites["north"].store) == ()
         federation.clients.tally()
-        receipt = server.remove(federation, ledger, request)
+        receipt = removal.remove(federation, ledger, request)
     assert [(s.cell, s.outcome) for s in steps] == [(c.cell, c.outcome) for c in receipt.cells]
     assert sum(step.records for step in steps if step.kind == "analytic") == receipt.records
     assert all(step.asked == 5 and step.sites == 1 for step in steps)
     assert {step.retrained for step in steps if step.kind == "lora"} == {1}
     assert all(step.bytes_up > 0 for step in steps)
     with Ledger.open(tmp_path) as ledger, pytest.raises(UnknownCell, match="has no record"):
-        server.foresee(federation, ledger, Request(kind="patient", site="north", name="nobody"))
+        removal.foresee(federation, ledger, Request(kind="patient", site="north", name="nobody"))
 
 
 # --- cells that stand on a base the federation learnt ---------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import small_federation as small
 from safetensors.torch import load_file
 
-from fedkola import server
+from fedkola import removal, server
 from fedkola.errors import (
     CohortTooSmall,
     Incompatible,
@@ -19,11 +19,13 @@ from fedkola.errors import (
     UnknownCell,
     UnknownName,
 )
+from fedkola.federation import load_state
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import forget, journal
 from fedkola.knowledge.bank import CellKind
 from fedkola.knowledge.forget import ForgetReceipt, Request
 from fedkola.ledger import Ledger
+from fedkola.plan import as_dict, digest
 
 FAST = 'knowledge.lanes=["analytic", "router"]'
 SITE = Request(kind="site", site="west")
@@ -238,9 +240,9 @@ def removed(
     federation: small.Federation, *requests: Request, recount: bool = True
 ) -> tuple[list[ForgetReceipt], Any]:
     with Ledger.open(federation.folder) as ledger:
-        receipts = [server.remove(federation, ledger, r, recount=recount) for r in requests]
+        receipts = [removal.remove(federation, ledger, r, recount=recount) for r in requests]
         ledger.verify("small")
-        return receipts, server.load_state(federation, ledger)[0]
+        return receipts, load_state(federation, ledger)[0]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +276,7 @@ def test_a_removal_changes_no_cell_that_it_does_not_concern(
     finished_fast: Path, federation: small.Federation
 ):
     with Ledger.open(finished_fast) as ledger:
-        before = small.cells(server.load_state(federation, ledger)[0])
+        before = small.cells(load_state(federation, ledger)[0])
     (receipt,), after = removed(federation, RECORD)
     concerned = {cell.cell for cell in receipt.cells}
     assert sorted(cell.kind for cell in receipt.cells) == ["analytic", "router", "scatter"]
@@ -410,7 +412,7 @@ def test_removed_records_never_come_back_in_later_rounds(tmp_path: Path):
     small.run(federation)
     removed(federation, PATIENT)
     with Ledger.open(tmp_path) as ledger:
-        state, _ = server.load_state(federation, ledger)
+        state, _ = load_state(federation, ledger)
     third = federation.algorithm.round(3, state, small.SITES, federation.clients)
     clean = small.without(small.data(), "north", patients=(PATIENT.name,))
     assert small.cells(third) == small.cells(
@@ -467,7 +469,7 @@ def test_a_request_for_what_was_never_there_changes_nothing(
 ):
     with Ledger.open(federation.folder) as ledger:
         with pytest.raises(error, match=message):
-            server.remove(federation, ledger, request_)
+            removal.remove(federation, ledger, request_)
         assert ledger.removals("small") == ()
     assert all(forget.accepted(site.store) == () for site in federation.sites.values())
 
@@ -475,13 +477,13 @@ def test_a_request_for_what_was_never_there_changes_nothing(
 def test_methods_without_a_bank_cannot_forget_and_say_so(tmp_path: Path):
     federation = small.assemble(tmp_path, "algorithm.name=fedit")
     with Ledger.open(tmp_path, create=True) as ledger, pytest.raises(KnowledgeError, match="fedit"):
-        server.remove(federation, ledger, SITE)
+        removal.remove(federation, ledger, SITE)
 
 
 def test_nothing_can_be_forgotten_before_the_first_round(tmp_path: Path):
     federation = small.assemble(tmp_path, FAST)
     plan = federation.plan
     with Ledger.open(tmp_path, create=True) as ledger:
-        ledger.start("small", server.as_dict(plan), server.digest(plan), now=0)
+        ledger.start("small", as_dict(plan), digest(plan), now=0)
         with pytest.raises(UnknownCell, match="no round is committed"):
-            server.remove(federation, ledger, SITE)
+            removal.remove(federation, ledger, SITE)

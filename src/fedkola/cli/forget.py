@@ -85,7 +85,7 @@ def bank_forget(
     kind, name = next(iter(given.items()), ("site", ""))
     if not site and kind in ("site", "patient", "record"):
         raise PlanError(f"a {kind} is forgotten at one site; give --site as well")
-    from fedkola import server
+    from fedkola import removal
     from fedkola.evaluation import session as sessions
     from fedkola.knowledge import forget
 
@@ -93,7 +93,7 @@ def bank_forget(
     session = sessions.resume(folder, cache=features(folder))
     with session.ledger:
         if foresee:
-            steps = server.foresee(session.federation, session.ledger, request)
+            steps = removal.foresee(session.federation, session.ledger, request)
             _print_steps(steps, as_json=as_json)
             return
         found = sessions.forget(session, request, recount=recount, now=now, absent=absent)

@@ -9,9 +9,9 @@ from torch import Tensor
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.errors import KnowledgeError, UnknownName
 from fedkola.evaluation.scoring import reader
+from fedkola.federation import Federation
 from fedkola.knowledge import router, views
 from fedkola.knowledge.views import View
-from fedkola.server import Federation
 from fedkola.types import Weights
 
 

@@ -20,11 +20,11 @@ from fedkola.evaluation.cells import Cells, Found, Note, Progress
 from fedkola.evaluation.demo import pooled
 from fedkola.evaluation.readout import adapted_accuracy
 from fedkola.evaluation.setups import READ_OUT, ROWS, SETUPS, Row, Setup, Size
+from fedkola.federation import Federation
 from fedkola.knowledge.bank import cell_bytes
 from fedkola.knowledge.stream import Stream, hash_share, split_test
 from fedkola.ledger import Ledger, RoundRow
 from fedkola.plan import Plan, as_dict, override
-from fedkola.server import Federation
 from fedkola.training import features
 from fedkola.types import Dataset
 

@@ -7,7 +7,7 @@ twelve hospitals leave together; a fifth of the patients of all hospitals withdr
 ways to forget are compared with the federation that never had the records, which is trained from
 scratch and is also the way called full retrain:
 
-- exact subtraction: ``server.remove_together``;
+- exact subtraction: ``removal.remove_together``;
 - cell retrain: every cell concerned is dropped and summed again by those who stay;
 - gradient unlearning: ascent on the forgotten records with descent on the others (NegGrad+;
   Kurmanji et al., Towards Unbounded Machine Unlearning, NeurIPS 2023) on the read-outs of the
@@ -28,17 +28,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkola import server
+from fedkola import removal, server
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.errors import UnknownName
 from fedkola.evaluation import machine, metrics, scoring, tasks
+from fedkola.federation import Federation, load_state
 from fedkola.knowledge import forget, membership, statistics, views
 from fedkola.knowledge.forget import Request
 from fedkola.knowledge.stream import Stream, hash_share, split_test
 from fedkola.knowledge.views import Head, View
 from fedkola.ledger import Ledger
 from fedkola.plan import Cohort, Knowledge, Plan, Run, Task
-from fedkola.server import Federation
 from fedkola.training import features, model
 from fedkola.training.model import Foundation
 from fedkola.types import Dataset, Report
@@ -407,11 +407,11 @@ class _Judge:
 def _subtracted(federation: Federation, asked: Sequence[Request]) -> tuple[View, float, float]:
     """The view after a removal, its seconds, and the share of the live cells it concerned."""
     with Ledger.open(federation.folder) as ledger:
-        held, _ = server.load_state(federation, ledger)
+        held, _ = load_state(federation, ledger)
         began = time.perf_counter()
-        receipt = server.remove_together(federation, ledger, asked)[0]
+        receipt = removal.remove_together(federation, ledger, asked)[0]
         seconds = time.perf_counter() - began
-        state, _ = server.load_state(federation, ledger)
+        state, _ = load_state(federation, ledger)
     return _bank(federation).view(state), seconds, len(receipt.cells) / len(held.bank.cells)
 
 
@@ -419,9 +419,9 @@ def _refilled(federation: Federation, asked: Sequence[Request]) -> tuple[View, f
     """The same by dropping the cells concerned: those who stay sum their journals again."""
     algorithm = _bank(federation)
     with Ledger.open(federation.folder) as ledger:
-        state, _ = server.load_state(federation, ledger)
+        state, _ = load_state(federation, ledger)
     began = time.perf_counter()
-    cells, roster, ids = server.accept(federation, state, asked)
+    cells, roster, ids = removal.accept(federation, state, asked)
     leavers = [request.site for request in asked if request.kind == "site"]
     after, before, _ = algorithm.refill(
         state, cells, ids, roster, federation.clients, leavers=leavers

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from fedkola.evaluation import scoring, text
+from fedkola.federation import Federation
 from fedkola.knowledge import candidates
 from fedkola.knowledge.stream import Stream
-from fedkola.server import Federation
 from fedkola.types import Dataset
 
 ROOM = 4  # tokens that an answer may be longer than the longest right one

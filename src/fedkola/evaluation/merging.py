@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedkola import server, wire
+from fedkola import removal, server, wire
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
 from fedkola.errors import Incompatible, KnowledgeError, LedgerError, UnknownCell
 from fedkola.evaluation import tasks
+from fedkola.federation import load_state
 from fedkola.knowledge import archive, forget, journal
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.bank import Bank, CellKind, KnowledgeCell
@@ -84,9 +85,9 @@ def merge_runs(
             for request in forget.accepted(site.store):
                 # Nothing of it may have come in with the other run, whose site did not know.
                 with suppress(UnknownCell):
-                    server.remove(federation, ledger, request)
+                    removal.remove(federation, ledger, request)
         ledger.finish(run.name, "done")
-        merged_state, _ = server.load_state(federation, ledger)
+        merged_state, _ = load_state(federation, ledger)
     assert isinstance(merged_state, BankState)
     return merged_state
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
 from fedkola.evaluation.scoring import reader
+from fedkola.federation import Federation
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import journal, statistics
 from fedkola.knowledge.bank import Bank, CellKind
-from fedkola.server import Federation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from fedkola.evaluation import scoring
+from fedkola.federation import Federation
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import statistics, views
 from fedkola.knowledge.views import Rule
-from fedkola.server import Federation
 from fedkola.training import evaluate, features
 from fedkola.types import Dataset, Weights
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkola.server import Federation
+from fedkola.federation import Federation
 from fedkola.training.reader import BaseReader
 from fedkola.types import Catalogue, Dataset
 

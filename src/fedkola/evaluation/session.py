@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from fedkola import server
+from fedkola import removal, server
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
 from fedkola.errors import (
@@ -24,6 +24,7 @@ from fedkola.evaluation import answers, generative, receipts, scoring, story, ta
 from fedkola.evaluation.answers import Answer
 from fedkola.evaluation.receipts import Finding
 from fedkola.evaluation.report import render
+from fedkola.federation import Federation, load_state
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import views
 from fedkola.knowledge.compact import Policy
@@ -32,7 +33,6 @@ from fedkola.knowledge.stream import Stream
 from fedkola.knowledge.views import View
 from fedkola.ledger import Ledger
 from fedkola.plan import Plan, digest, dump, from_dict
-from fedkola.server import Federation
 from fedkola.training import adapters
 from fedkola.training.model import Foundation
 from fedkola.types import Report
@@ -233,13 +233,13 @@ def forget(
             "data is not declared public; give --now as well to accept that"
         )
     if now or public:
-        found = server.remove(federation, ledger, request, recount=recount, absent=absent)
+        found = removal.remove(federation, ledger, request, recount=recount, absent=absent)
     else:
-        waits = server.request_removal(federation, ledger, request)
+        waits = removal.request_removal(federation, ledger, request)
         if isinstance(waits, Waiting):
             return waits
         found = waits
-    _republish(session, server.load_state(federation, ledger)[0])
+    _republish(session, load_state(federation, ledger)[0])
     return found
 
 
@@ -249,7 +249,7 @@ def verify(session: Session, receipt: ForgetReceipt) -> tuple[Finding, ...]:
     found = receipts.verify(session.ledger, name, receipt)
     if not receipts.last_word(session.ledger, name, receipt):
         return found
-    state, _ = server.load_state(session.federation, session.ledger)
+    state, _ = load_state(session.federation, session.ledger)
     now = _bank_algorithm(session).view(state).id if state.bank.cells else ""
     same = now == receipt.view_after
     return (*found, Finding(what="view", holds=same, how="computed from the integers on disk"))
@@ -333,7 +333,7 @@ def _bank_algorithm(session: Session) -> FedKoLa:
 
 def _bank_state(session: Session) -> BankState:
     _bank_algorithm(session)
-    state, number = server.load_state(session.federation, session.ledger)
+    state, number = load_state(session.federation, session.ledger)
     assert isinstance(state, BankState)
     if not number or not state.bank.cells:
         raise UnknownCell(

@@ -14,11 +14,11 @@ from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
 from fedkola.evaluation import answers, lineage, machine, metrics, oneshot, scoring
 from fedkola.evaluation.answers import Answer
+from fedkola.federation import Federation
 from fedkola.knowledge.bank import CellKind
 from fedkola.knowledge.stream import Records
 from fedkola.ledger import EventRow, Ledger, RoundRow
 from fedkola.plan import as_dict
-from fedkola.server import Federation
 from fedkola.types import Dataset
 
 OUTSIDE = "quarterly revenue of the shipping company rose by four percent"

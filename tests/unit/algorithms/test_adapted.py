@@ -6,9 +6,9 @@ import pytest
 import small_federation as small
 import torch
 
-from fedkola import server
 from fedkola.errors import Incompatible
 from fedkola.evaluation import oneshot, scoring
+from fedkola.federation import initial_weights
 from fedkola.knowledge import adaptation
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.bank import CellKind
@@ -85,7 +85,7 @@ def test_summed_gradients_are_those_of_one_site_with_all_records(tmp_path: Path)
     union = small.assemble(
         tmp_path / "union", *SETTINGS, sites={"union": joined(small.data())}
     ).sites["union"]
-    weights = server.initial_weights(federation) | adapters.weights_template(
+    weights = initial_weights(federation) | adapters.weights_template(
         federation.foundation, rank=2, seed=1
     )
     nodes = federation.stream.catalogue.nodes(0)

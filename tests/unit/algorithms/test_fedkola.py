@@ -7,12 +7,15 @@ import pytest
 import small_federation as small
 import torch
 
+from fedkola import removal
 from fedkola.algorithms.fedkola import Calibration, FedKoLa, State
 from fedkola.errors import CohortTooSmall, ForgetIncomplete, KnowledgeError
 from fedkola.evaluation import oneshot
+from fedkola.federation import load_state
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import journal
 from fedkola.knowledge.bank import Bank, CellKind
+from fedkola.knowledge.forget import Request
 from fedkola.knowledge.windows import AGAINST, COUNTS
 from fedkola.types import Aggregate, Grid
 
@@ -175,11 +178,11 @@ def test_a_sum_that_never_came_about_is_never_subtracted(tmp_path: Path):
         tmp_path, FAST, "run.rounds=1", wrap={"west": small.failing("fill", times=1)}
     )
     state = small.run(federation)
-    request = small.server.Request(kind="site", site="west")
+    request = Request(kind="site", site="west")
     assert journal.entries(federation.sites["west"].store)
     with small.Ledger.open(tmp_path) as ledger:
-        receipt = small.server.remove(federation, ledger, request)
-        after, _ = small.server.load_state(federation, ledger)
+        receipt = removal.remove(federation, ledger, request)
+        after, _ = load_state(federation, ledger)
     assert (receipt.cells, receipt.records) == ((), 0)
     assert receipt.view_before == receipt.view_after
     assert small.cells(after) == small.cells(state)
@@ -209,17 +212,17 @@ def test_a_removal_that_a_site_does_not_answer_changes_nothing_and_can_be_asked_
 ):
     federation = small.assemble(tmp_path, FAST, wrap={"east": small.failing("remove", times=1)})
     state = small.run(federation)
-    request = small.server.Request(kind="patient", site="north", name="north-p3")
+    request = Request(kind="patient", site="north", name="north-p3")
     with small.Ledger.open(tmp_path) as ledger:
         with pytest.raises(ForgetIncomplete, match=r"\['east'\] did not answer"):
-            small.server.remove(federation, ledger, request)
-        unchanged, _ = small.server.load_state(federation, ledger)
+            removal.remove(federation, ledger, request)
+        unchanged, _ = load_state(federation, ledger)
         assert small.fingerprint(unchanged) == small.fingerprint(state)
         # Another removal at the same site in between must not settle or repeat the first.
-        other = small.server.Request(kind="patient", site="north", name="north-p4")
-        small.server.remove(federation, ledger, other)
-        receipt = small.server.remove(federation, ledger, request, recount=True)
-        after, _ = small.server.load_state(federation, ledger)
+        other = Request(kind="patient", site="north", name="north-p4")
+        removal.remove(federation, ledger, other)
+        receipt = removal.remove(federation, ledger, request, recount=True)
+        after, _ = load_state(federation, ledger)
     assert receipt.recount is True
     never = small.without(small.data(), "north", patients=("north-p3", "north-p4"))
     assert small.cells(after) == small.cells(
@@ -242,9 +245,9 @@ def test_a_journal_that_does_not_match_its_cell_cannot_push_a_count_below_zero(t
         small.Ledger.open(tmp_path) as ledger,
         pytest.raises(ForgetIncomplete, match="negative count"),
     ):
-        small.server.remove(federation, ledger, small.server.Request(kind="site", site="north"))
+        removal.remove(federation, ledger, Request(kind="site", site="north"))
     with small.Ledger.open(tmp_path) as ledger:
-        assert small.cells(small.server.load_state(federation, ledger)[0]) == small.cells(state)
+        assert small.cells(load_state(federation, ledger)[0]) == small.cells(state)
 
 
 @pytest.mark.parametrize("absent", ["", "north"])
@@ -260,7 +263,7 @@ def test_a_cell_that_is_revoked_leaves_the_gram_and_waits_for_the_next_one(
     federation = small.assemble(tmp_path, FAST, sites=sites)
     state = small.run(federation)
     method, clients, east = federation.algorithm, federation.clients, federation.sites["east"]
-    request = small.server.Request(kind="site", site="east")
+    request = Request(kind="site", site="east")
     names = [c.about.id for c in state.bank.cells if c.about.kind is not CellKind.SCATTER]
     east.post(request)
     asked = tuple(site for site in small.SITES if site != absent)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import small_federation as small
 
-from fedkola import server
+from fedkola import removal, server
 from fedkola.algorithms.fedkola import State
 from fedkola.evaluation import oneshot
+from fedkola.federation import load_state
 from fedkola.knowledge import journal
 from fedkola.knowledge.forget import Request
 from fedkola.ledger import Ledger
@@ -144,8 +145,8 @@ def test_forgetting_a_record_forgets_all_its_versions(tmp_path: Path):
     small.run(federation)
     request = Request(kind="record", site="north", name=record)
     with Ledger.open(tmp_path / "a") as ledger:
-        receipt = server.remove(federation, ledger, request, recount=True)
-        state, _ = server.load_state(federation, ledger)
+        receipt = removal.remove(federation, ledger, request, recount=True)
+        state, _ = load_state(federation, ledger)
     assert receipt.recount is True
     clean = small.run(
         small.assemble(tmp_path / "b", sites=small.without(sites, "north", ids=(record,)))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import small_federation as small
 
-from fedkola import server
+from fedkola import removal
 from fedkola.algorithms.fedkola import FedKoLa, State
+from fedkola.federation import load_state
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import views, windows
 from fedkola.knowledge.bank import CellKind, ModuleState
@@ -192,8 +193,8 @@ def test_a_site_leaves_every_version_it_is_in(tmp_path: Path):
     fed = federation(tmp_path / "with", ALL)
     small.run(fed)
     with Ledger.open(fed.folder) as ledger:
-        server.remove(fed, ledger, Request(kind="site", site="west"), recount=True)
-        state, _ = server.load_state(fed, ledger)
+        removal.remove(fed, ledger, Request(kind="site", site="west"), recount=True)
+        state, _ = load_state(fed, ledger)
     sites = {site: records(site, ALL[site]) for site in small.SITES if site != "west"}
     never = small.run(small.assemble(tmp_path / "never", FAST, sites=sites, rounds=4))
     assert small.cells(state) == small.cells(never)

@@ -12,9 +12,9 @@ from fedkola import plan as plans
 from fedkola import server
 from fedkola.evaluation import generative, scoring, tasks
 from fedkola.evaluation.text import choose
+from fedkola.federation import Federation
 from fedkola.ledger import Ledger
 from fedkola.plan import Plan
-from fedkola.server import Federation
 from fedkola.training.model import Foundation, load
 
 SETTINGS = (

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import small_federation as small
 
-from fedkola import server
+from fedkola import removal
 from fedkola.errors import Incompatible, KnowledgeError, LedgerError
 from fedkola.evaluation import lineage, merging
+from fedkola.federation import Federation, load_state
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.bank import CellKind
 from fedkola.knowledge.forget import Request
 from fedkola.ledger import Ledger
-from fedkola.server import Federation
 
 FAST = ('knowledge.lanes=["analytic", "router"]', "knowledge.features=16", "knowledge.hot_cells=9")
 
@@ -22,7 +22,7 @@ FAST = ('knowledge.lanes=["analytic", "router"]', "knowledge.features=16", "know
 def forgotten(federation: Federation, patient: str) -> bool | None:
     with Ledger.open(federation.folder) as ledger:
         request = Request(kind="patient", site="north", name=patient)
-        return server.remove(federation, ledger, request, recount=True).recount
+        return removal.remove(federation, ledger, request, recount=True).recount
 
 
 def rows(state) -> dict[str, str]:  # type: ignore[no-untyped-def]
@@ -46,13 +46,13 @@ def test_a_run_that_forgot_and_a_run_that_learnt_more_merge_to_one_that_did_both
     small.run(single)
     forgotten(single, "north-p3")
     with Ledger.open(single.folder) as ledger:
-        assert rows(state) == rows(server.load_state(single, ledger)[0])
+        assert rows(state) == rows(load_state(single, ledger)[0])
     assert state.calibration.records > 0
     merged = small.assemble(both, *FAST, "run.name=both", rounds=3)
     with Ledger.open(both) as ledger:
         events = ledger.events("both")
         assert ledger.verify("both") == events[-1].hash
-        loaded, number = server.load_state(merged, ledger)
+        loaded, number = load_state(merged, ledger)
     assert (number, small.fingerprint(loaded)) == (3, small.fingerprint(state))
     told = [(e.kind, e.subject, e.body) for e in events]
     assert banks.fold(told) == json.loads(json.dumps(banks.metadata(state.bank)))

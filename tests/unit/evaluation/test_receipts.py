@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import small_federation as small
 
-from fedkola import server
+from fedkola import removal
 from fedkola.errors import UnknownCell
 from fedkola.evaluation import receipts
 from fedkola.knowledge import forget
@@ -27,7 +27,7 @@ def federation(tmp_path: Path) -> small.Federation:
 
 def test_a_receipt_holds_and_says_so_of_every_cell(federation: small.Federation):
     with Ledger.open(federation.folder) as ledger:
-        receipt = server.remove(federation, ledger, PATIENT)
+        receipt = removal.remove(federation, ledger, PATIENT)
         again = forget.receipt_from(json.loads(json.dumps(forget.document(receipt))))
         found = receipts.verify(ledger, "small", again)
         assert receipts.last_word(ledger, "small", receipt)
@@ -41,8 +41,8 @@ def test_what_changed_since_is_said_and_not_held_against_the_receipt(
     federation: small.Federation,
 ):
     with Ledger.open(federation.folder) as ledger:
-        first = server.remove(federation, ledger, PATIENT)
-        server.remove(federation, ledger, Request(kind="site", site="west"))
+        first = removal.remove(federation, ledger, PATIENT)
+        removal.remove(federation, ledger, Request(kind="site", site="west"))
         found = receipts.verify(ledger, "small", first)
         assert not receipts.last_word(ledger, "small", first)
     assert all(finding.holds for finding in found)
@@ -51,7 +51,7 @@ def test_what_changed_since_is_said_and_not_held_against_the_receipt(
 
 def test_a_receipt_with_another_hash_does_not_hold(federation: small.Federation):
     with Ledger.open(federation.folder) as ledger:
-        receipt = server.remove(federation, ledger, PATIENT)
+        receipt = removal.remove(federation, ledger, PATIENT)
         forged = replace(
             receipt, cells=(replace(receipt.cells[0], after="0" * 64), *receipt.cells[1:])
         )
@@ -65,7 +65,7 @@ def test_a_receipt_with_another_hash_does_not_hold(federation: small.Federation)
 def test_one_of_a_batch_and_a_revoked_cell_hold_too(federation: small.Federation):
     requests = [Request(kind="module", name="lung"), PATIENT]
     with Ledger.open(federation.folder) as ledger:
-        first, second = server.remove_together(federation, ledger, requests)
+        first, second = removal.remove_together(federation, ledger, requests)
         for receipt in (first, second):
             assert all(finding.holds for finding in receipts.verify(ledger, "small", receipt))
         assert receipts.find(ledger, "small", second.request) == second
@@ -74,6 +74,6 @@ def test_one_of_a_batch_and_a_revoked_cell_hold_too(federation: small.Federation
 
 def test_a_receipt_of_another_run_is_unknown(federation: small.Federation):
     with Ledger.open(federation.folder) as ledger:
-        receipt = server.remove(federation, ledger, PATIENT)
+        receipt = removal.remove(federation, ledger, PATIENT)
         with pytest.raises(UnknownCell, match="no receipt 'abc'"):
             receipts.verify(ledger, "small", replace(receipt, request="abc"))

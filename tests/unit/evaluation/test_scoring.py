@@ -7,9 +7,8 @@ import pytest
 import small_federation as small
 import torch
 
-from fedkola import server
 from fedkola.evaluation import scoring
-from fedkola.server import Federation
+from fedkola.federation import Federation, initial_weights
 
 
 def local(folder: Path, *settings: str) -> Federation:
@@ -87,7 +86,7 @@ def test_texts_under_slots_with_an_open_gate_read_as_under_the_sum_of_the_slots(
     texts = federation.stream.test.texts[:9]
     weights = {
         name: value + 0.2 * torch.randn(value.shape, generator=torch.Generator().manual_seed(i))
-        for i, (name, value) in enumerate(server.initial_weights(federation).items())
+        for i, (name, value) in enumerate(initial_weights(federation).items())
         if "lora" in name
     }
     whole = reader.embeddings(weights, texts)
