@@ -57,7 +57,7 @@ def rebuild(spec: Spec) -> Algorithm[Any]:
     classes = {cls.__name__: cls for cls in ALGORITHMS.values()}
     name = str(spec.get("name"))
     if name not in classes:
-        raise UnknownName(f"no algorithm {name!r}; this site knows {sorted(classes)}")
+        raise UnknownName(f"no algorithm {name!r}; this site knows {', '.join(sorted(classes))}")
     values = {key: value for key, value in spec.items() if key != "name"}
     try:
         algorithm: Algorithm[Any] = classes[name](**values)

@@ -360,7 +360,9 @@ def _held(
 ) -> tuple[str, ...] | None:
     """The modules to answer with: those named, or all that a site may hold; None is every one."""
     if site and site not in session.federation.sites:
-        raise UnknownName(f"no site {site!r}; this run has {sorted(session.federation.sites)}")
+        raise UnknownName(
+            f"no site {site!r}; this run has {', '.join(sorted(session.federation.sites))}"
+        )
     if names is None:
         return banks.held(state.bank, site) if site else None
     modules = _modules(state, names)

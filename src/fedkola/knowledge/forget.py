@@ -189,7 +189,7 @@ def checked(request: Request, sites: Collection[str]) -> Request:
     if request.kind not in KINDS:
         raise UnknownName(f"{request.kind!r} cannot be forgotten; one of {', '.join(KINDS)} can")
     if request.site and request.site not in sites:
-        raise UnknownName(f"no site {request.site!r}; this run has {sorted(sites)}")
+        raise UnknownName(f"no site {request.site!r}; this run has {', '.join(sorted(sites))}")
     if not request.site and request.kind not in SHARED:
         raise UnknownName(f"a {request.kind} is forgotten at one site; give its site")
     if request.kind == "module":
