@@ -86,6 +86,20 @@ def test_fusing_says_its_error_and_frees_slots(fedkola: Fedkola, run: Path):
     assert receipt["recount"] is True
 
 
+def test_a_fused_adapter_outlives_its_parts(fedkola: Fedkola, run: Path):
+    fused = fedkola("bank", "compact", run, "--eps", "1", "--json").json["fused"]
+    now = fedkola("predict", run, "rash", "--json").json["answers"]
+    purged = fedkola("bank", "archive", run, "--purge")
+    assert purged.code == 0, purged.err
+    assert fedkola("run", "--resume", run).code == 0
+    again = fedkola("predict", run, "rash", "--json").json["answers"]
+    assert [a["answers"] for a in again] == [a["answers"] for a in now]
+    part = fused[0]["modules"][0].split("@")[0]
+    refused = fedkola("predict", run, "rash", "--held", part)
+    assert refused.code == 9
+    assert "cannot answer with some modules of a fused adapter" in refused.err
+
+
 def test_a_site_answers_with_what_it_may_hold(fedkola: Fedkola, run: Path):
     def codes(*words: str) -> set[str]:
         asked = ("predict", run, "rash", "--json", *words)

@@ -251,7 +251,10 @@ def _examples(federation: Federation, state: BankState) -> dict[str, list[dict[s
     if view.router is None or len(view.modules) < 2:
         return examples
     without, rows = _largest_scope(federation, sample)
-    held = [module for module in view.modules if module != f"{without}@1"]
+    # Who may not hold one module of a fused adapter holds none: their parts may be purged.
+    own = f"{without}@1"
+    apart = next((each.modules for each in state.bank.fused if own in each.modules), (own,))
+    held = [module for module in view.modules if module not in apart]
     asked = _ask(federation, state, [sample.texts[i] for i in rows[:12]], held=held)
     pairs = [(a, wanted[i]) for a, i in zip(asked, rows, strict=False) if a.missing == "not_held"]
     examples["missing"] = [_example(federation, a, node) for a, node in pairs[:2]]

@@ -123,6 +123,7 @@ def as_of(
             wanted.update(fused.cells)
     # What was archived by itself is read again where its module answered then.
     inside = {name for names in parts.values() for name in names}
+    inside.update(name for fused in bank.fused for name in fused.cells)
     wanted.update(
         about.id
         for about in bank.cold
@@ -133,8 +134,14 @@ def as_of(
     try:
         return thaw(bank, folder, wanted)
     except KnowledgeError as error:
+        if valid_at is None and known_at is None:
+            raise KnowledgeError(
+                f"the bank cannot answer with some modules of a fused adapter: {error}; ask with "
+                "all of them or none, see `fedkola bank ls`"
+            ) from error
         first = max((a.round for a in bank.cold if a.status is Status.PURGED), default=0)
-        asked = f"valid_at={valid_at}, known_at={known_at}"
+        times = {"round": known_at, "valid time": valid_at}
+        asked = " and ".join(f"{name} {at:g}" for name, at in times.items() if at is not None)
         raise KnowledgeError(
             f"the bank cannot answer as of {asked}: {error}; times from round {first} on can be "
             "asked"

@@ -154,7 +154,8 @@ def compute(
         chosen[CellKind.SCATTER] = ()
     if not any(chosen.values()) and not fused:
         raise UnknownCell(
-            f"no cell is live as of valid_at={valid_at}, known_at={known_at}, held={held}; "
+            f"no cell is live at that time (valid_at {valid_at}, known_at {known_at}) among the "
+            f"modules held ({'all' if held is None else ', '.join(held) or 'none'}); "
             "`fedkola bank ls` shows what there is"
         )
     answers = valid_labels(bank, valid_at=valid_at, known_at=known_at)
