@@ -20,6 +20,7 @@ RESULTS = Path("benchmarks/results")
         "fedkola bench dynamic --profile quick",
         "fedkola bench dynamic --stream clinc150 --profile standard",
         "fedkola bench dynamic --stream icd-chapters --rows fedkola,joint --seeds 1",
+        "fedkola bench dynamic --stream icd-chapters --measured",
     )
 )
 def dynamic(
@@ -27,6 +28,9 @@ def dynamic(
     profile: Annotated[str, typer.Option(help="Size: quick, standard or full.")] = "standard",
     seeds: Annotated[int, typer.Option(min=0, help="Seeds to run; 0 is the profile's own.")] = 0,
     rows: Annotated[str, typer.Option(help="Rows of the table, a,b; empty is the profile's.")] = "",
+    measured: Annotated[
+        bool, typer.Option("--measured", help="Run nothing: a table of what is measured already.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for JSON and tables.")] = RESULTS,
     as_json: AsJson = False,
 ) -> None:
@@ -47,6 +51,7 @@ def dynamic(
             note=note,
             progress=progress,
             rows=tuple(row.strip() for row in rows.split(",") if row.strip()),
+            measured=measured,
         )
     if as_json:
         print_json(dict(result))

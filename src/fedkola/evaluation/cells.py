@@ -26,6 +26,16 @@ class Cells:
     folder: Path
     note: Note
 
+    def kept(
+        self, name: str, about: Mapping[str, Any], *, default: Mapping[str, Any] | None = None
+    ) -> Found | None:
+        """The result kept under ``name`` if it was measured under ``about``."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            return None
+        found: Found = json.loads(path.read_text())
+        return found if _same(found.get("about"), _plain(about), _plain(default or {})) else None
+
     def measure(
         self,
         name: str,
@@ -39,11 +49,10 @@ class Cells:
         What was measured under another ``about`` is measured anew. A setting that an older version
         did not know is no difference where it has its ``default``.
         """
+        kept = self.kept(name, about, default=default)
+        if kept is not None:
+            return kept
         path = self.folder / f"{name}.json"
-        if path.exists():
-            kept: Found = json.loads(path.read_text())
-            if _same(kept.get("about"), _plain(about), _plain(default or {})):
-                return kept
         self.note(name)
         work = self.folder / "work" / name
         marker = work / "about.json"

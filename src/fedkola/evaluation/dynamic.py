@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkola import server
-from fedkola.errors import UnknownName
+from fedkola.errors import DataError, UnknownName
 from fedkola.evaluation import cells as marks
 from fedkola.evaluation import generative, machine, metrics, oneshot, scoring, tasks, verdicts
 from fedkola.evaluation.cells import Cells, Found, Note, Progress
@@ -41,11 +41,13 @@ def run(
     note: Note,
     progress: Progress,
     rows: Sequence[str] = (),
+    measured: bool = False,
 ) -> Mapping[str, Any]:
     """Measure what is not measured yet, then write ``dynamic-STREAM-PROFILE.json`` and ``.md``.
 
-    Raises UnknownName for a stream, profile or row that is not in its table, and DataError where
-    the stream's data is not on this machine.
+    With ``measured`` nothing is run: the table is of the cells that there are, so rows may have
+    unequal seeds. Raises UnknownName for a stream, profile or row that is not in its table,
+    DataError where the stream's data is not on this machine, or nothing is measured yet.
     """
     _known(stream, tuple(SETUPS), "the suite dynamic has the streams")
     setup = SETUPS[stream]
@@ -60,13 +62,21 @@ def run(
         size=size,
         cells=Cells(folder=out / "cells" / name, note=note),
         progress=progress,
+        measured=measured,
     )
-    rates = {row: bench.tuned(row) for row in chosen if ROWS[row].tuned}
+    rates = {row: rate for row in chosen if ROWS[row].tuned and (rate := bench.tuned(row))}
     found = [
-        bench.cell(row, seed, rates.get(row, 0.0))
+        cell
         for row in chosen
         for seed in range(1, (seeds or size.seeds) + 1)
+        if (cell := bench.cell(row, seed, rates.get(row, 0.0)))
     ]
+    if not found:
+        raise DataError(
+            f"no cell of stream {stream}, profile {profile} is measured in {out}; run the same "
+            "without --measured"
+        )
+    chosen = tuple(row for row in chosen if any(cell["row"] == row for cell in found))
     result = {
         "suite": "dynamic",
         "stream": stream,
@@ -91,19 +101,24 @@ class Bench:
     size: Size
     cells: Cells
     progress: Progress
+    measured: bool = False
 
     def tuned(self, row: str) -> float:
-        """The rate with the best accuracy on development records; ties go to the smaller one."""
+        """The rate with the best accuracy on development records; ties go to the smaller one.
+
+        0 where not every rate was tried.
+        """
         rates = self.size.rates
         if len(rates) == 1:
             return rates[0]
+        cells = [self._measured(row, TUNING_SEED, rate, self.size.tuning) for rate in rates]
         scored = [
-            (self._measured(row, TUNING_SEED, rate, self.size.tuning)["dev"]["top1"], -rate)
-            for rate in rates
+            (cell["dev"]["top1"], -rate) for cell, rate in zip(cells, rates, strict=True) if cell
         ]
-        return -max(scored)[1]
+        return -max(scored)[1] if len(scored) == len(rates) else 0.0
 
     def cell(self, row: str, seed: int, rate: float) -> Found:
+        """One cell of the table; empty where it is not to be measured now."""
         return self._measured(row, seed, rate, ())
 
     def _measured(self, row: str, seed: int, rate: float, extra: Sequence[str]) -> Found:
@@ -114,6 +129,8 @@ class Bench:
             found = measure(about, ROWS[row], folder, self.progress, watched=self.size.watched)
             return found | {"row": row, "seed": seed, "rate": rate}
 
+        if self.measured:
+            return self.cells.kept(name, as_dict(about), default=as_dict(Plan())) or {}
         return self.cells.measure(name, as_dict(about), how, default=as_dict(Plan()))
 
 
@@ -268,7 +285,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines += [
         *marks.verdict(result["targets"]),
         "",
-        *(f"- {row}: {ROWS[row].about}" for row in result["rows"]),
+        *(f"- {row}: {ROWS[row].about}{_fewer(result, row)}" for row in result["rows"]),
         "",
         marks.about_machine(result["machine"])
         + f" Reproduce: `fedkola bench dynamic --stream {result['stream']} --profile "
@@ -281,6 +298,12 @@ def table(result: Mapping[str, Any]) -> str:
 # --- private --------------------------------------------------------------------------------------
 
 _DIGITS = {"megabytes": 2, "cpu_s": 0, "lag": 1}
+
+
+def _fewer(result: Mapping[str, Any], row: str) -> str:
+    """Says how many seeds a row has, if others have more."""
+    seeds = {name: sum(cell["row"] == name for cell in result["cells"]) for name in result["rows"]}
+    return f" (seeds: {seeds[row]})" if seeds[row] < max(seeds.values()) else ""
 
 
 def _known(given: str, known: Sequence[str], what: str) -> None:

@@ -1,9 +1,16 @@
 """A cell is measured once, and again only when something that it was measured under has changed."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from fedkola.errors import DataError
+from fedkola.evaluation import dynamic
 from fedkola.evaluation.cells import Cells
+from fedkola.evaluation.setups import SETUPS
+from fedkola.plan import as_dict
 
 ABOUT = {"task": {"sites": 3}, "seed": 1}
 DEFAULT = {"task": {"sites": 12, "quiet": False}, "seed": 0}
@@ -36,3 +43,29 @@ def test_a_setting_that_came_later_is_no_difference_at_its_default(tmp_path: Pat
     assert measured(tmp_path, {"task": {"sites": 3, "quiet": True}, "seed": 1}) == ["one"]
     # A setting that is gone meant something then.
     assert measured(tmp_path, ABOUT) == ["one"]
+
+
+def test_a_table_of_what_is_measured_runs_nothing(tmp_path: Path):
+    setup = SETUPS["static-iid"]
+    about = dynamic.plan(setup, setup.sizes["standard"], "fedkola", 1, 0.0)
+    cells = Cells(folder=tmp_path / "cells" / "dynamic-static-iid-standard", note=print)
+    top1 = {"top1": 0.5, "top5": 0.75, "asked": 4, "nodes": 2}
+    figures = {"row": "fedkola", "seed": 1, "bytes_up_per_site_window": 1e6, "untouched": top1}
+    cells.measure("fedkola-1", as_dict(about), lambda folder: figures)
+
+    def table(*rows: str) -> Mapping[str, Any]:
+        return dynamic.run(
+            stream="static-iid",
+            profile="standard",
+            out=tmp_path,
+            note=lambda line: pytest.fail(line),
+            progress=lambda report: None,
+            rows=rows,
+            measured=True,
+        )
+
+    found = table("fedkola", "fedex_lora")
+    assert found["rows"] == ["fedkola"]
+    assert found["summary"]["fedkola"]["top1"]["mean"] == 0.5
+    with pytest.raises(DataError, match="run the same without --measured"):
+        table("fedex_lora")
