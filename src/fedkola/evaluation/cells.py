@@ -75,6 +75,14 @@ def write(result: Mapping[str, Any], table: str, out: Path, name: str) -> None:
     (out / f"{name}.md").write_text(table)
 
 
+def top1(cell: Found) -> float:
+    """What a row is judged by: the share right at the end, on records that chose nothing. Where
+    every record is asked in one window only, as it arrives, the share that was right then."""
+    end = cell["untouched"]
+    asked = end.get("asked", 1)
+    return float(end["top1"] if asked else cell["as_it_arrives"]["share"])
+
+
 def target(name: str, bound: str, value: str, met: bool | None) -> dict[str, str]:
     """One line of a verdict; ``met`` None where it was not run."""
     verdict = "not run" if met is None else "met" if met else "missed"

@@ -233,8 +233,8 @@ def summary(cells: Sequence[Found], rows: Sequence[str]) -> dict[str, dict[str, 
 
 
 FIGURES: Mapping[str, Callable[[Found], float]] = {
-    "top1": lambda cell: float(cell["untouched"]["top1"]),
-    "top5": lambda cell: float(cell["untouched"]["top5"]),
+    "top1": marks.top1,
+    "top5": lambda cell: _top5(cell),
     "stream": lambda cell: float(cell["stream"]),
     "forgetting": lambda cell: float(cell["forgetting"]),
     "bwt": lambda cell: float(cell["bwt"]),
@@ -266,6 +266,7 @@ def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown: one line per row, then a verdict per target."""
     shown = [name for name in HEADS if any(name in s for s in result["summary"].values())]
     seeds = sorted({cell["seed"] for cell in result["cells"]})
+    once = all(cell["untouched"].get("asked", 1) == 0 for cell in result["cells"])
     lines = [
         f"# Suite dynamic, stream {result['stream']}, profile {result['profile']}",
         "",
@@ -274,7 +275,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"Mean over seeds {seeds} with a 95 % bootstrap interval, on records that chose nothing. "
         "Rates chosen on development records: "
         + (", ".join(f"{row} {rate:g}" for row, rate in result["rates"].items()) or "none")
-        + ".",
+        + "."
+        + once * " Every record is asked as it arrives: final top-1 is the share right then.",
         "",
         "| row | " + " | ".join(HEADS[name] for name in shown) + " |",
         "|---" * (len(shown) + 1) + "|",
@@ -298,6 +300,14 @@ def table(result: Mapping[str, Any]) -> str:
 # --- private --------------------------------------------------------------------------------------
 
 _DIGITS = {"megabytes": 2, "cpu_s": 0, "lag": 1}
+
+
+def _top5(cell: Found) -> float:
+    """Raises KeyError where nothing was left to ask at the end."""
+    end = cell["untouched"]
+    if not end.get("asked", 1):
+        raise KeyError("asked")
+    return float(end["top5"])
 
 
 def _fewer(result: Mapping[str, Any], row: str) -> str:

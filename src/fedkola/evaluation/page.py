@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from fedkola.errors import DataError
 from fedkola.evaluation import plots, report
-from fedkola.evaluation.cells import Found, about_machine, paired
+from fedkola.evaluation.cells import Found, about_machine, paired, top1
 from fedkola.evaluation.setups import OWN, READ_OUT, SETUPS, is_bound, is_own
 
 SMALL = "quick"
@@ -165,7 +165,7 @@ def tell(result: Mapping[str, Any]) -> Told:
         rows.setdefault(cell["row"], {})[cell["seed"]] = cell
     followed = [row for row in rows if all("R" in cell for cell in rows[row].values())]
     others = [row for row in followed if not is_own(row) and not is_bound(row)]
-    best = max(others, key=lambda row: _mean(rows[row], _top1), default="")
+    best = max(others, key=lambda row: _mean(rows[row], top1), default="")
     own = OWN if OWN in rows else next((row for row in followed if is_own(row)), best)
     return Told(result=result, rows=rows, own=own, best=best if best != own else "")
 
@@ -206,9 +206,9 @@ def headline(told: Told) -> str:
     if not told.own:
         return "No row of this result follows the stream, so there is no course to tell."
     cells = told.rows[told.own]
-    text = f"{shown(told.own)} ends at {plots.percent(_mean(cells, _top1))} top-1"
+    text = f"{shown(told.own)} ends at {plots.percent(_mean(cells, top1))} top-1"
     if told.best:
-        gap = paired(cells, told.rows[told.best], _top1)
+        gap = paired(cells, told.rows[told.best], top1)
         text += f", {_distance(gap)} {shown(told.best)}, the best baseline"
     text += f", for {_mb(cells)} MB up a site and window."
     run = [t for t in told.result["targets"] if t["verdict"] != "not run"]
@@ -264,6 +264,9 @@ def arrivals(told: Told) -> Section | None:
     says.append(
         f"At the end {plots.count(end['asked'])} questions that chose nothing were asked, and "
         f"{plots.count(end['nodes'])} answers competed for each."
+        if end["asked"]
+        else "Every question was asked once, as it arrived: final top-1 is the share that was "
+        f"right then. In the end {plots.count(end['nodes'])} answers competed."
     )
     caption = f"The windows, and how {shown(told.own)} answered in each"
     head = ("window", "arrived", "asked", "right")
@@ -386,7 +389,7 @@ def cost(told: Told) -> Section | None:
         for row in told.rows
         if row != told.own and not is_bound(row)
         if _mean(told.rows[row], _bytes) < _mean(cells, _bytes)
-        and _mean(told.rows[row], _top1) >= _mean(cells, _top1)
+        and _mean(told.rows[row], top1) >= _mean(cells, top1)
     ]
     says.append(
         f"As accurate or better for fewer bytes: {_list([shown(row) for row in cheaper])}."
@@ -413,10 +416,6 @@ class Measure:
     unit: str
 
 
-def _top1(cell: Found) -> float:
-    return float(cell["untouched"]["top1"])
-
-
 def _bytes(cell: Found) -> float:
     return float(cell["bytes_up_per_site_window"])
 
@@ -426,7 +425,7 @@ def _cpu(cell: Found) -> float:
 
 
 MEASURES = (
-    Measure(name="final top-1", key="untouched", of=_top1, sign=1, unit="points"),
+    Measure(name="final top-1", key="untouched", of=top1, sign=1, unit="points"),
     Measure(
         name="top-5",
         key="untouched",

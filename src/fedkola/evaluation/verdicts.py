@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from fedkola.evaluation import metrics
-from fedkola.evaluation.cells import Found, interval, paired, target
+from fedkola.evaluation.cells import Found, interval, paired, target, top1
 from fedkola.evaluation.setups import is_bound, is_own
 
 Verdicts = list[dict[str, str]]
@@ -25,11 +25,11 @@ Rows = Mapping[str, Mapping[int, Found]]
 def _chapters(rows: Rows) -> Verdicts:
     own = rows.get("fedkola", {})
     found = [
-        _mean(rows, "fedkola", "285-way top-1 at <= 35 MB a site and window", _top1, ">=", 0.735),
+        _mean(rows, "fedkola", "285-way top-1 at <= 35 MB a site and window", top1, ">=", 0.735),
         _mean(rows, "fedkola", "MB up a site and window", _megabytes, "<=", 35.0),
     ]
     costly = [row for row in COSTLY if row in rows] or [COSTLY[-1]]
-    found += [_mean(rows, row, "285-way top-1 at any cost", _top1, ">=", 0.76) for row in costly]
+    found += [_mean(rows, row, "285-way top-1 at any cost", top1, ">=", 0.76) for row in costly]
     if own:
         equal = all(cell["equal_to_one_shot"] for cell in own.values())
         found.append(target("equal bits to one shot", "every seed", str(equal).lower(), equal))
@@ -38,7 +38,7 @@ def _chapters(rows: Rows) -> Verdicts:
     lags = [lag for cell in own.values() for lag in cell["lags"] if lag is not None]
     found.append(_most("windows until a chapter answers", lags, 0.0))
     joint = {
-        seed: max(_top1(cell), cell["readout"]["top1"])
+        seed: max(top1(cell), cell["readout"]["top1"])
         for seed, cell in rows.get("joint", {}).items()
         if "readout" in cell
     }
@@ -86,9 +86,9 @@ def _orders(rows: Rows) -> Verdicts:
     if not own or not others:
         return [target("final top-1 against the best baseline", ">= 0", "", None)]
     best = max(
-        others, key=lambda name: metrics.interval([_top1(c) for c in others[name].values()])["mean"]
+        others, key=lambda name: metrics.interval([top1(c) for c in others[name].values()])["mean"]
     )
-    gap = paired(own, others[best], _top1)
+    gap = paired(own, others[best], top1)
     met = None if gap is None else gap["high"] >= 0
     found = [
         target(f"final top-1 minus {best} (best)", "interval reaches 0", interval(gap), met),
@@ -160,7 +160,7 @@ def _mean(
 
 def _behind(rows: Rows, row: str, other: str, name: str) -> dict[str, str]:
     """Final top-1 of a row minus another's, by seed, which may be one point below."""
-    gap = paired(rows.get(row, {}), rows.get(other, {}), _top1)
+    gap = paired(rows.get(row, {}), rows.get(other, {}), top1)
     met = None if gap is None else gap["mean"] >= -0.01
     return target(f"{name} ({row})", ">= -0.010", interval(gap), met)
 
@@ -180,10 +180,6 @@ def _most(name: str, values: Sequence[float], bound: float) -> dict[str, str]:
     if not values:
         return target(name, f"<= {bound:g}", "", None)
     return target(name, f"<= {bound:g}", f"{max(values):.3g}", max(values) <= bound)
-
-
-def _top1(cell: Found) -> float:
-    return float(cell["untouched"]["top1"])
 
 
 def _megabytes(cell: Found) -> float:

@@ -8,7 +8,7 @@ import pytest
 
 from fedkola.errors import DataError
 from fedkola.evaluation import dynamic
-from fedkola.evaluation.cells import Cells
+from fedkola.evaluation.cells import Cells, top1
 from fedkola.evaluation.setups import SETUPS
 from fedkola.plan import as_dict
 
@@ -49,8 +49,8 @@ def test_a_table_of_what_is_measured_runs_nothing(tmp_path: Path):
     setup = SETUPS["static-iid"]
     about = dynamic.plan(setup, setup.sizes["standard"], "fedkola", 1, 0.0)
     cells = Cells(folder=tmp_path / "cells" / "dynamic-static-iid-standard", note=print)
-    top1 = {"top1": 0.5, "top5": 0.75, "asked": 4, "nodes": 2}
-    figures = {"row": "fedkola", "seed": 1, "bytes_up_per_site_window": 1e6, "untouched": top1}
+    end = {"top1": 0.5, "top5": 0.75, "asked": 4, "nodes": 2}
+    figures = {"row": "fedkola", "seed": 1, "bytes_up_per_site_window": 1e6, "untouched": end}
     cells.measure("fedkola-1", as_dict(about), lambda folder: figures)
 
     def table(*rows: str) -> Mapping[str, Any]:
@@ -69,3 +69,10 @@ def test_a_table_of_what_is_measured_runs_nothing(tmp_path: Path):
     assert found["summary"]["fedkola"]["top1"]["mean"] == 0.5
     with pytest.raises(DataError, match="run the same without --measured"):
         table("fedex_lora")
+
+
+def test_records_that_are_asked_once_are_judged_as_they_arrive():
+    arrived = {"share": 0.75, "asked": 8, "right": 6}
+    end = {"asked": 0, "top1": 0.0}
+    assert top1({"untouched": end, "as_it_arrives": arrived}) == 0.75
+    assert top1({"untouched": {"asked": 4, "top1": 0.5}, "as_it_arrives": arrived}) == 0.5
