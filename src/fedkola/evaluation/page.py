@@ -818,11 +818,9 @@ def _texts(told: Told) -> dict[str, str]:
 
 
 def _moments(told: Told) -> tuple[str, ...]:
-    """Names of the windows, where the result holds them and they say more than a number."""
-    for cell in told.rows[told.own].values():
-        if names := cell.get("moments"):
-            return tuple(map(str, names))
-    return ()
+    """Names of the windows, where the result holds them and all seeds have the same."""
+    named = {tuple(map(str, cell.get("moments", ()))) for cell in told.rows[told.own].values()}
+    return named.pop() if len(named) == 1 else ()
 
 
 def _mean(cells: Mapping[int, Found], of: Callable[[Found], float]) -> float:
