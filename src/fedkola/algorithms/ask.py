@@ -31,8 +31,8 @@ def ask(
     """One question of an algorithm, which may be given as its ``spec``.
 
     ``scale`` lists the fractional bits of every tensor of the answer, ``metrics`` likewise; the
-    weight is a whole number. ``word`` is one of Grid; ``bounded`` says that the sum is known
-    to fit it.
+    weight is a whole number. ``word`` is a width that Grid takes; ``bounded`` says that
+    the sum is known to fit it.
     """
     named = algorithm if isinstance(algorithm, Mapping) else spec(algorithm)
     listed = {METRIC + name: bits for name, bits in (metrics or {}).items()}

@@ -75,12 +75,16 @@ def write(result: Mapping[str, Any], table: str, out: Path, name: str) -> None:
     (out / f"{name}.md").write_text(table)
 
 
+def asked_at_end(cell: Found) -> bool:
+    """Whether any record is still asked after the last window; not if each is asked as it comes."""
+    return bool(cell["untouched"].get("asked", 1))
+
+
 def top1(cell: Found) -> float:
     """What a row is judged by: the share right at the end, on records that chose nothing. Where
-    every record is asked in one window only, as it arrives, the share that was right then."""
-    end = cell["untouched"]
-    asked = end.get("asked", 1)
-    return float(end["top1"] if asked else cell["as_it_arrives"]["share"])
+    nothing is asked then, the share that was right when it arrived."""
+    found = cell["untouched"]["top1"] if asked_at_end(cell) else cell["as_it_arrives"]["share"]
+    return float(found)
 
 
 def target(name: str, bound: str, value: str, met: bool | None) -> dict[str, str]:

@@ -223,6 +223,7 @@ def summary(cells: Sequence[Found], rows: Sequence[str]) -> dict[str, dict[str, 
             name: metrics.interval([of(cell) for cell in own])
             for name, of in FIGURES.items()
             if all(_has(cell, of) for cell in own)
+            and (name != "top5" or all(map(marks.asked_at_end, own)))
         }
         if all("readout" in cell for cell in own):
             found[row + READ_OUT] = {
@@ -234,7 +235,7 @@ def summary(cells: Sequence[Found], rows: Sequence[str]) -> dict[str, dict[str, 
 
 FIGURES: Mapping[str, Callable[[Found], float]] = {
     "top1": marks.top1,
-    "top5": lambda cell: _top5(cell),
+    "top5": lambda cell: float(cell["untouched"]["top5"]),
     "stream": lambda cell: float(cell["stream"]),
     "forgetting": lambda cell: float(cell["forgetting"]),
     "bwt": lambda cell: float(cell["bwt"]),
@@ -266,7 +267,7 @@ def table(result: Mapping[str, Any]) -> str:
     """The result as Markdown: one line per row, then a verdict per target."""
     shown = [name for name in HEADS if any(name in s for s in result["summary"].values())]
     seeds = sorted({cell["seed"] for cell in result["cells"]})
-    once = all(cell["untouched"].get("asked", 1) == 0 for cell in result["cells"])
+    once = not any(map(marks.asked_at_end, result["cells"]))
     lines = [
         f"# Suite dynamic, stream {result['stream']}, profile {result['profile']}",
         "",
@@ -300,14 +301,6 @@ def table(result: Mapping[str, Any]) -> str:
 # --- private --------------------------------------------------------------------------------------
 
 _DIGITS = {"megabytes": 2, "cpu_s": 0, "lag": 1}
-
-
-def _top5(cell: Found) -> float:
-    """Raises KeyError where nothing was left to ask at the end."""
-    end = cell["untouched"]
-    if not end.get("asked", 1):
-        raise KeyError("asked")
-    return float(end["top5"])
 
 
 def _fewer(result: Mapping[str, Any], row: str) -> str:

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from fedkola.errors import DataError
 from fedkola.evaluation import plots, report
-from fedkola.evaluation.cells import Found, about_machine, paired, top1
+from fedkola.evaluation.cells import Found, about_machine, asked_at_end, paired, top1
 from fedkola.evaluation.setups import OWN, READ_OUT, SETUPS, is_bound, is_own
 
 SMALL = "quick"
@@ -264,7 +264,7 @@ def arrivals(told: Told) -> Section | None:
     says.append(
         f"At the end {plots.count(end['asked'])} questions that chose nothing were asked, and "
         f"{plots.count(end['nodes'])} answers competed for each."
-        if end["asked"]
+        if asked_at_end(own[0])
         else "Every question was asked once, as it arrived: final top-1 is the share that was "
         f"right then. In the end {plots.count(end['nodes'])} answers competed."
     )

@@ -100,19 +100,19 @@ ROWS: Mapping[str, Row] = {
     ),
     "adapted-wide": Row(
         settings=(*_ADAPTED, "knowledge.features=12288"),
-        about="the same with 12,288 features",
+        about="the bank on a base that the sites adapt together, 12,288 features",
     ),
     "adapted-narrow": Row(
         settings=(*_ADAPTED, "knowledge.features=2048", "algorithm.epochs=6"),
-        about="the same with 2,048 features and six passes",
+        about="the bank on a base adapted in six passes, 2,048 features",
     ),
     "fedkola-cheap": Row(
         settings=("algorithm.name=fedkola", "knowledge.features=1024"),
-        about="the same with 1,024 features",
+        about="the bank, analytic lane, 1,024 features",
     ),
     "fedkola-wide": Row(
         settings=("algorithm.name=fedkola", "knowledge.features=8192"),
-        about="the same with 8,192 features",
+        about="the bank, analytic lane, 8,192 features",
     ),
     "fedkola-lora": Row(
         settings=("algorithm.name=fedkola", 'knowledge.lanes=["router", "lora"]'),
@@ -121,11 +121,11 @@ ROWS: Mapping[str, Row] = {
     ),
     "fedkola-away": Row(
         settings=(*_AWAY, 'scenario.quit={"lakeside-eye-ear"=6}'),
-        about="the same where three of ten sites miss each round, two come late and one quits",
+        about="the bank where three of ten sites miss each round, two come late, one quits",
     ),
     "fedkola-forgets": Row(
         settings=(*_AWAY, 'scenario.leave={"lakeside-eye-ear"=6}'),
-        about="the same, but that the one that quits is forgotten",
+        about="the bank where three of ten miss each round, two come late, one is forgotten",
     ),
     "oracle": _trained("oracle", "an adapter per true scope, routed by the truth"),
     "joint": Row(

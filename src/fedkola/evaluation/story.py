@@ -252,8 +252,10 @@ def _examples(federation: Federation, state: BankState) -> dict[str, list[dict[s
         return examples
     without, rows = _largest_scope(federation, sample)
     # Who may not hold one module of a fused adapter holds none: their parts may be purged.
-    own = f"{without}@1"
-    apart = next((each.modules for each in state.bank.fused if own in each.modules), (own,))
+    apart = {module for module in view.modules if module.rsplit("@", 1)[0] == without}
+    apart.update(
+        m for fused in state.bank.fused if apart & set(fused.modules) for m in fused.modules
+    )
     held = [module for module in view.modules if module not in apart]
     asked = _ask(federation, state, [sample.texts[i] for i in rows[:12]], held=held)
     pairs = [(a, wanted[i]) for a, i in zip(asked, rows, strict=False) if a.missing == "not_held"]

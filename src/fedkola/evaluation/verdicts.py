@@ -44,9 +44,7 @@ def _chapters(rows: Rows) -> Verdicts:
     }
     for row in ("fedkola", *costly):
         gaps = [
-            cell["untouched"]["top1"] - joint[seed]
-            for seed, cell in rows.get(row, {}).items()
-            if seed in joint
+            top1(cell) - joint[seed] for seed, cell in rows.get(row, {}).items() if seed in joint
         ]
         gap = metrics.interval(gaps) if gaps else None
         met = None if gap is None else gap["mean"] >= -0.01
