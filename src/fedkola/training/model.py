@@ -49,7 +49,8 @@ class Foundation:
     ``hash`` is a SHA-256 over configuration, weights and tokenizer files, and over ``pooling``
     where that is not the mean: equal hashes mean equal embeddings. ``width`` is the size of a
     hidden state, ``max_tokens`` where texts are cut, ``start`` the token every text of a causal
-    model begins with, ``end`` the one that ends its answers.
+    model begins with, ``end`` the one that ends its answers, ``masked`` the one that hides a token
+    from an encoder that was loaded with its head for predicting it.
     """
 
     name: str
@@ -62,21 +63,25 @@ class Foundation:
     start: int | None = None
     end: int | None = None
     pooling: Pooling = "mean"
+    masked: int | None = None
 
 
-def load(name: str, *, max_tokens: int = 64, pooling: Pooling = "mean") -> Foundation:
+def load(
+    name: str, *, max_tokens: int = 64, pooling: Pooling = "mean", whole: bool = False
+) -> Foundation:
     """The model called ``name``: "minilm", a folder, or a Hugging Face id that is in the cache.
 
     ``pooling`` says which states of a causal model stand for a text: the mean of all, or the last,
-    from which the next token is predicted. Raises ModelMismatch, saying which file or name is at
-    fault and what to do, and Incompatible for the last state of an encoder.
+    from which the next token is predicted. ``whole`` keeps an encoder's head for hidden tokens,
+    which pre-training needs and embedding does not. Raises ModelMismatch, saying which file or
+    name is at fault and what to do, and Incompatible for the last state of an encoder.
     """
     folder = _folder(name)
     _require_files(folder)
-    with _quiet():
+    with quiet():
         config = _config(folder)
         kind = _kind(config)
-        model = _model(folder, kind)
+        model = _model(folder, kind, whole=whole)
         tokenizer = _tokenizer(folder)
     longest = _longest(config, tokenizer)
     if pooling == "last" and kind != "causal":
@@ -100,6 +105,7 @@ def load(name: str, *, max_tokens: int = 64, pooling: Pooling = "mean") -> Found
         max_tokens=max_tokens,
         start=getattr(tokenizer, "bos_token_id", None) if kind == "causal" else None,
         end=getattr(tokenizer, "eos_token_id", None) if kind == "causal" else None,
+        masked=_mask(name, tokenizer) if whole and kind == "encoder" else None,
     )
 
 
@@ -325,8 +331,21 @@ def _kind(config: Any) -> Kind:
     return "causal" if decoder_only else "encoder"
 
 
-def _model(folder: Path, kind: Kind) -> nn.Module:
+def _mask(name: str, tokenizer: Any) -> int:
+    """The token that hides another; raises ModelMismatch if this tokenizer has none."""
+    token = getattr(tokenizer, "mask_token_id", None)
+    if token is None:
+        raise ModelMismatch(
+            f"the tokenizer of {name} has no mask token, without which an encoder cannot be "
+            "pre-trained; add one to tokenizer_config.json, or give a causal model"
+        )
+    return int(token)
+
+
+def _model(folder: Path, kind: Kind, *, whole: bool) -> nn.Module:
     auto: Any = transformers.AutoModelForCausalLM if kind == "causal" else transformers.AutoModel
+    if whole and kind == "encoder":
+        auto = transformers.AutoModelForMaskedLM
     try:
         model, info = auto.from_pretrained(
             folder,
@@ -378,7 +397,7 @@ def _line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no loading reports: what matters is checked and raised."""
     log: Any = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
