@@ -98,7 +98,8 @@ class Site:
             _write(kept, answer)
         except FedKolaError as error:
             self._log(f"{type(error).__name__}: {error}")
-            return wire.pack_reply(Reply(client=self.name, refused=type(error).__name__))
+            why = error.code or type(error).__name__
+            return wire.pack_reply(Reply(client=self.name, refused=why))
         except Exception:  # the boundary: no text of an error may leave the site
             self._log(traceback.format_exc())
             return wire.pack_reply(Reply(client=self.name, refused="StepFailed"))

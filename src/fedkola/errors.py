@@ -43,7 +43,13 @@ from typing import ClassVar
 
 
 class FedKolaError(Exception):
+    """``code`` names the rule that refused, where a class has several; a report shows it."""
+
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, *args: object, code: str = "") -> None:
+        super().__init__(*args)
+        self.code = code
 
 
 class PlanError(FedKolaError, ValueError):

@@ -48,6 +48,7 @@ METRIC = "metric/"
 _PREFIX = struct.Struct("<4sII")
 # Words of 24 and 40 bits lie in memory as 32 and 64, and are three and five bytes on their way.
 _WORDS = {
+    8: torch.uint8,
     16: torch.int16,
     24: torch.int32,
     32: torch.int32,
@@ -153,6 +154,8 @@ def total(replies: Iterable[Reply], grid: Grid, cohort: Cohort) -> Aggregate:
     site can neither spoil a sum nor decide it by answering first. Raises CohortTooSmall if nobody
     answered, WireError if no shapes are those of most, GridOverflow if a sum leaves its word.
     """
+    if grid.word == 8:
+        raise WireError("bytes of a protocol cannot be summed; ask for words of 16 bits or more")
     sums: dict[tuple[tuple[str, torch.Size], ...], tuple[dict[str, Tensor], list[str]]] = {}
     for reply in replies:
         if reply.refused:
