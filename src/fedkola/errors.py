@@ -30,7 +30,8 @@ what was expected and what to do.
     ├ LedgerError              8
     │ ├ RunNotFound                no such run in this folder
     │ ├ ChainBroken                the event chain does not verify
-    │ └ BlobMissing                a tensor file is absent or altered
+    │ ├ BlobMissing                a tensor file is absent or altered
+    │ └ TranscriptMissing          nothing was recorded of this run, or not of this round
     ├ KnowledgeError           9
     │ ├ UnknownCell                no such cell, module or label in the bank
     │ ├ CellTooSmall               below the floors of sites or records
@@ -157,6 +158,10 @@ class ChainBroken(LedgerError):
 
 
 class BlobMissing(LedgerError):
+    pass
+
+
+class TranscriptMissing(LedgerError):
     pass
 
 

@@ -9,6 +9,7 @@ import torch
 
 from fedkola import wire
 from fedkola.algorithms.fedkola import State as BankState
+from fedkola.audit.transcript import Transcript
 from fedkola.client import Site, Trainer
 from fedkola.knowledge import archive
 from fedkola.knowledge.stream import Stream
@@ -21,7 +22,8 @@ from fedkola.types import Algorithm, Clients, Weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Federation:
-    """Everything one run needs: the plan, the data of its sites, the model, the algorithm."""
+    """Everything one run needs: the plan, the data of its sites, the model, the algorithm, and the
+    transcript where the run is recorded."""
 
     plan: Plan
     folder: Path
@@ -32,6 +34,7 @@ class Federation:
     clients: Clients
     algorithm: Algorithm[Any]
     level: int
+    transcript: Transcript | None = None
 
     @property
     def rounds(self) -> int:

@@ -216,6 +216,15 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """``record`` writes the transcript that an audit attacks; ``rounds`` keep their payloads, all
+    others only headers: "first", "middle", "last", "every:10", "all" or the number of a round."""
+
+    record: bool = False
+    rounds: tuple[str, ...] = ("first", "middle", "last", "every:10")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything that decides a run. A value out of range raises PlanError on construction."""
 
@@ -229,6 +238,7 @@ class Plan:
     privacy: Privacy = field(default_factory=Privacy)
     quality: Quality = field(default_factory=Quality)
     engine: Engine = field(default_factory=Engine)
+    audit: Audit = field(default_factory=Audit)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -315,6 +325,7 @@ _AVAILABILITY = ("full", "bernoulli", "markov", "diurnal")
 _POOLINGS = ("mean", "last")
 _PERIODS = ("year", "quarter")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ROUNDS = re.compile(r"all|first|middle|last|(every:)?[1-9]\d{0,8}")
 _PARTITION = re.compile(r"iid|by-label|dirichlet:(\d+(?:\.\d*)?(?:e[+-]?\d+)?)")
 _OVERRIDE = re.compile(
     r"""\s*(?P<section>[\w-]+)\.(?P<key>[\w-]+)
@@ -579,6 +590,12 @@ def _check(plan: Plan) -> None:
             f"task.partition was given {plan.task.partition!r};"
             ' expected "iid", "by-label" or "dirichlet:0.5" with a number above 0'
         )
+    for given in plan.audit.rounds:
+        if not _ROUNDS.fullmatch(given):
+            raise PlanError(
+                f"audit.rounds was given {given!r};"
+                ' expected "first", "middle", "last", "every:10", "all" or the number of a round'
+            )
     try:
         codecs.lookup(plan.task.encoding)
     except (LookupError, ValueError) as error:

@@ -19,6 +19,9 @@ from fedkola.algorithms import ALGORITHMS
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
 from fedkola.algorithms.setting import Setting
+from fedkola.audit import transcript as transcripts
+from fedkola.audit.tap import SumTap, Tap
+from fedkola.audit.transcript import Transcript
 from fedkola.client import Site, Trainer
 from fedkola.engines import ENGINES
 from fedkola.errors import (
@@ -40,7 +43,7 @@ from fedkola.plan import Plan, as_dict, digest
 from fedkola.privacy.guards import Guarded
 from fedkola.training import adapters, features, model
 from fedkola.training.model import Foundation
-from fedkola.types import Algorithm, Catalogue, Cohort, Event, Report
+from fedkola.types import Algorithm, Catalogue, Clients, Cohort, Engine, Event, Report
 
 CLIP = 16.0
 
@@ -126,7 +129,13 @@ def assemble(
         for name, (kept, never) in parts.items()
     }
     answers = {name: site.answer for name, site in sites.items()}
-    engine = ENGINES[plan.engine.name](answers, order=plan.engine.order)
+    transcript = _transcript(plan, stream, folder)
+    engine: Engine = ENGINES[plan.engine.name](answers, order=plan.engine.order)
+    if transcript is not None:
+        engine = Tap(engine, transcript)
+    clients: Clients = engine
+    if transcript is not None:
+        clients = SumTap(clients, transcript)
     level = report_level(plan, stream.catalogue)
     return Federation(
         plan=plan,
@@ -135,9 +144,10 @@ def assemble(
         foundation=base,
         trainer=trainer,
         sites=sites,
-        clients=Guarded(engine, run=plan.run.name, seed=plan.run.seed),
+        clients=Guarded(clients, run=plan.run.name, seed=plan.run.seed),
         algorithm=build(plan, stream.catalogue, trainer, level, folder),
         level=level,
+        transcript=transcript,
     )
 
 
@@ -215,7 +225,7 @@ def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: P
             state=document,
             tensors=tensors,
             report=asdict(report),
-            sampler={"seed": plan.run.seed, "round": number},
+            sampler={"seed": plan.run.seed, "round": number, **_recorded(federation)},
             events=events,
             now=time.time(),
         )
@@ -319,6 +329,20 @@ def _upkept(
     ledger.purge(federation.plan.run.name, now=time.time())
     sweep(federation, after)
     return after
+
+
+def _transcript(plan: Plan, stream: Stream, folder: Path) -> Transcript | None:
+    if not plan.audit.record:
+        return None
+    total = plan.run.rounds or len(stream.windows)
+    keep = transcripts.kept_rounds(plan.audit.rounds, total)
+    return Transcript(folder / transcripts.NAME, keep=keep)
+
+
+def _recorded(federation: Federation) -> dict[str, str]:
+    """The head of the transcript, which the ledger keeps so that none of it can be cut off."""
+    found = federation.transcript
+    return {} if found is None else {"transcript": found.head}
 
 
 def _no_events(before: Any, after: Any) -> tuple[Event, ...]:

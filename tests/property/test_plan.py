@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fedkola.plan import (
     Algorithm,
+    Audit,
     Cohort,
     Engine,
     Knowledge,
@@ -131,6 +132,13 @@ plans = st.builds(
     ),
     quality=st.builds(Quality, mode=texts),
     engine=st.builds(Engine, name=texts, order=counts),
+    audit=st.builds(
+        Audit,
+        record=st.booleans(),
+        rounds=st.lists(
+            st.sampled_from(["all", "first", "middle", "last", "every:7", "12"]), max_size=3
+        ).map(tuple),
+    ),
 )
 
 
