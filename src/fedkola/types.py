@@ -128,10 +128,11 @@ class Grid:
     Sums live in the ring Z_2^word. ``scale`` gives the fractional bits of every tensor, of the
     weight (key ``weight``) and of every metric; integer tensors use 0. An addend may take its
     share of the word, so that any sum over the cohort fits; where the server knows that the sum
-    itself fits (``bounded``), it may take all of the word.
+    itself fits (``bounded``), it may take all of the word. Words of
+    8 bits are the bytes of a protocol and are never summed.
     """
 
-    word: Literal[16, 24, 32, 40, 64]
+    word: Literal[8, 16, 24, 32, 40, 64]
     bits: int
     scale: Mapping[str, int]
     bounded: bool = False
