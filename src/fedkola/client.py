@@ -24,8 +24,10 @@ from fedkola.errors import DataError, FedKolaError, UnknownCell, UnknownName
 from fedkola.knowledge import forget, journal, windows
 from fedkola.knowledge.journal import Place
 from fedkola.knowledge.stream import Records
+from fedkola.privacy import behind
+from fedkola.privacy.behind import Behind
 from fedkola.training import evaluate, features, fit
-from fedkola.training.model import Foundation
+from fedkola.training.model import Foundation, encode
 from fedkola.types import (
     Broadcast,
     Catalogue,
@@ -63,7 +65,10 @@ class Site:
         trainer: Trainer,
         store: Path,
         held_out: Dataset | None = None,
+        remembers: Callable[[int], bool] | None = None,
     ) -> None:
+        """``remembers`` says of a round whether the site keeps what stood behind its answers, for
+        an audit of a recorded run; None keeps nothing."""
         self.name = name
         self.held_out = held_out or data.take(())
         self.catalogue = catalogue
@@ -71,6 +76,8 @@ class Site:
         self.targets = trainer.targets
         self._trainer = trainer
         self._data = data
+        self._remembers = remembers
+        self._behind = Behind()
         self._scopes = {label.code: label.scope for label in catalogue.labels}
         store.mkdir(parents=True, exist_ok=True)
 
@@ -86,8 +93,10 @@ class Site:
             kept = self._outbox(asked, message)
             if kept.exists():
                 return kept.read_bytes()
+            self._behind = Behind()
             update = _step(asked)(self, asked)
             words = wire.words(update, asked.grid, asked.cohort)
+            self._remember(asked, message, words)
             reply = Reply(
                 client=self.name,
                 question=wire.question(message),
@@ -125,6 +134,7 @@ class Site:
         labels = self._targets(weights, data, classes, pinned)
         if self._trainer.foundation.kind == "encoder" and labels is None:
             return dict(weights)
+        self._note("adapter", data.texts, steps=steps)
         return fit.fit(
             self._trainer.foundation,
             weights,
@@ -261,6 +271,7 @@ class Site:
         windows.retain(self.store, records={self._data.records[i] for i in kept})
         gone = [text for i, text in enumerate(self._data.questions) if i not in kept]
         self._trainer.cache.forget(gone)
+        behind.erase(self.store)
         self._drop_outbox()
 
     # --- private ----------------------------------------------------------------------------------
@@ -272,6 +283,27 @@ class Site:
         if "head.weight" not in {**weights, **(pinned or {})}:
             return None
         return self._rows(data, classes)
+
+    def _note(self, kind: behind.Kind, texts: Sequence[str], *, steps: int) -> None:
+        """Note what an answer is trained on, by an optimiser of Adam's kin."""
+        # An encoder's adapter is under no gate, so its texts are encoded for an audit alone.
+        if self._remembers is None and self._trainer.foundation.kind == "encoder":
+            return
+        rows = encode(self._trainer.foundation, texts)
+        self._behind = self._behind.and_then(
+            Behind(kind=kind, sequences=tuple(map(tuple, rows)), steps=steps, adaptive=True)
+        )
+
+    def _remember(self, asked: Broadcast, message: bytes, words: Weights) -> None:
+        if self._remembers is not None and self._behind.kind and self._remembers(asked.round):
+            behind.keep(
+                self.store,
+                round=asked.round,
+                step=asked.step,
+                question=wire.question(message),
+                behind=self._behind,
+                words=words,
+            )
 
     def _accepted(self) -> tuple[forget.Request, ...]:
         return forget.accepted(self.store)

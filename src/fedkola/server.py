@@ -117,6 +117,7 @@ def assemble(
     parts = {name: membership.hold_out(data, share) for name, data in stream.sites.items()}
     if share:
         stream = replace(stream, sites={name: kept for name, (kept, _) in parts.items()})
+    keep = _kept(plan, stream)
     sites = {
         name: Site(
             name,
@@ -125,11 +126,12 @@ def assemble(
             trainer=trainer,
             store=folder / "sites" / name,
             held_out=never,
+            remembers=keep,
         )
         for name, (kept, never) in parts.items()
     }
     answers = {name: site.answer for name, site in sites.items()}
-    transcript = _transcript(plan, stream, folder)
+    transcript = Transcript(folder / transcripts.NAME, keep=keep) if keep else None
     engine: Engine = ENGINES[plan.engine.name](answers, order=plan.engine.order)
     if transcript is not None:
         engine = Tap(engine, transcript)
@@ -331,12 +333,10 @@ def _upkept(
     return after
 
 
-def _transcript(plan: Plan, stream: Stream, folder: Path) -> Transcript | None:
-    if not plan.audit.record:
-        return None
+def _kept(plan: Plan, stream: Stream) -> Callable[[int], bool] | None:
+    """Which rounds of a recorded run keep their payloads; None where nothing is recorded."""
     total = plan.run.rounds or len(stream.windows)
-    keep = transcripts.kept_rounds(plan.audit.rounds, total)
-    return Transcript(folder / transcripts.NAME, keep=keep)
+    return transcripts.kept_rounds(plan.audit.rounds, total) if plan.audit.record else None
 
 
 def _recorded(federation: Federation) -> dict[str, str]:

@@ -4,7 +4,8 @@ A frame is ``u64 length | JSON header | newline | payload``, little-endian, wher
 everything after it. The header holds sequence number, time, direction, peer, round, step, size and
 SHA-256 of the payload, and the SHA-256 of the header before it, so that no frame can be altered,
 dropped or moved without breaking the chain. Every header is kept; payloads are kept for the rounds
-that ``audit.rounds`` names, and a payload that went to several peers is kept once.
+that ``audit.rounds`` names, and of the questions after them; what went to several peers is kept
+once.
 
 A process that is killed may leave a torn last frame: it is cut off when the run goes on and not
 read before. Frames are handed to the operating system one by one; a power failure may lose the
@@ -100,7 +101,8 @@ class Transcript:
         """Write one frame behind all others."""
         self._begin()
         digest = hashlib.sha256(payload).hexdigest()
-        wanted = self._keep(round)
+        # The question of the next round says what a kept round came to.
+        wanted = self._keep(round) or (direction == "down" and self._keep(round - 1))
         same = self._recent.get(digest, -1) if wanted else -1
         frame = Frame(
             sequence=self._next,
