@@ -8,7 +8,8 @@ what was expected and what to do.
     │ ├ UnknownKey                 a key of the plan that does not exist; names the nearest one
     │ ├ UnknownName                a name that is in no closed table
     │ ├ Incompatible               parts of the plan that cannot hold together
-    │ └ GridOverflow               a sum that could leave its word
+    │ ├ GridOverflow               a sum that could leave its word
+    │ └ BudgetUnreachable          an epsilon that no reasonable noise can keep
     ├ SiteError                3   something at one site
     │ ├ DataError                  unreadable, empty or malformed records
     │ ├ ModelMismatch              another base model, tokenizer or catalogue than the plan names
@@ -16,6 +17,7 @@ what was expected and what to do.
     │ └ NotFinite                  NaN or infinity in an addend; it stops at its site
     ├ PolicyRefused            4   a site declined
     ├ PrivacyError             5
+    │ ├ BudgetExhausted            a round that would spend more epsilon than a site has left
     │ ├ UpdateHidden               a single update was asked for where only sums may be seen
     │ ├ GuardMissing               a guard the plan demands is not there
     │ ├ AccessRefused              a module that this site may not hold
@@ -73,6 +75,10 @@ class GridOverflow(PlanError):
     pass
 
 
+class BudgetUnreachable(PlanError):
+    pass
+
+
 class SiteError(FedKolaError):
     exit_code = 3
 
@@ -99,6 +105,10 @@ class PolicyRefused(FedKolaError):
 
 class PrivacyError(FedKolaError):
     exit_code = 5
+
+
+class BudgetExhausted(PrivacyError):
+    pass
 
 
 class UpdateHidden(PrivacyError):
