@@ -6,28 +6,7 @@ from pathlib import Path
 from fedkola.training import fresh
 from fedkola.training.model import Foundation, load
 
-SYLLABLES = [
-    "ba",
-    "co",
-    "du",
-    "fe",
-    "gi",
-    "ha",
-    "jo",
-    "ku",
-    "le",
-    "mi",
-    "na",
-    "po",
-    "qu",
-    "re",
-    "si",
-    "ta",
-    "vo",
-    "wa",
-    "xe",
-    "zy",
-]
+SYLLABLES = tuple(c + v for c in "bcdfghjklmnpqrst" for v in "ae")
 
 
 def sentences(count: int, *, seed: int, words: int = 12) -> list[str]:
