@@ -232,12 +232,12 @@ def _predicted(
             f"model {foundation.name} is an encoder without the head that predicts hidden tokens; "
             "load it with whole=True"
         )
-    hidden, wanted = _hide(foundation, tokens, real, seed)
+    hidden, wanted = hide(foundation, tokens, real, seed)
     found = model(input_ids=hidden, attention_mask=mask)
     return found.logits, wanted
 
 
-def _hide(foundation: Foundation, tokens: Tensor, real: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+def hide(foundation: Foundation, tokens: Tensor, real: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """BERT's masking (Devlin et al., 2019): of 15 % of the tokens 80 % become the mask, 10 % any
     token, 10 % stay; at least one in every sequence."""
     generator = torch.Generator().manual_seed(seed)
