@@ -9,7 +9,7 @@ and encoders all follow from the model at hand. Shapes: n sequences, T tokens, d
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -77,14 +77,24 @@ def tied(model: nn.Module) -> bool:
     return head is not None and head.weight is table.weight
 
 
-def require_ties(model: nn.Module, change: Weights) -> None:
-    """Raise ModelMismatch where the change moves a head of its own and the model ties it."""
+def require_change(model: nn.Module, change: Weights) -> None:
+    """Raise unless the change is one of this model: NotFinite for values that are none,
+    ModelMismatch for other names or shapes, or a head of its own that the model ties."""
+    own = dict(model.named_parameters())
     head = head_name(model)
-    if head is not None and tied(model) and head in change:
+    if tied(model) and head in change and embedding_name(model) in change:
         raise ModelMismatch(
             f"the change moves {head} by itself, but this model ties its head to the embedding; "
             "give the configuration of the run (tie_word_embeddings)"
         )
+    for name, tensor in change.items():
+        if name not in own or own[name].shape != tensor.shape:
+            has = tuple(own[name].shape) if name in own else "no tensor of that name"
+            raise ModelMismatch(
+                f"the change holds {name} of shape {tuple(tensor.shape)}, but the model has {has}; "
+                "give the model folder the run started from"
+            )
+    require_finite(change)
 
 
 def embedding(model: nn.Module) -> nn.Embedding:
@@ -186,9 +196,7 @@ def read(
     return seen[0]
 
 
-def tokens_at(
-    model: nn.Module, projection: Projection, tokens: Tensor, position: int
-) -> Tensor:
+def tokens_at(model: nn.Module, projection: Projection, tokens: Tensor, position: int) -> Tensor:
     """What the first layer reads for each of ``tokens`` (n,) standing at one place, (n, d)."""
     where = torch.full((len(tokens), 1), position)
     return inputs(model, projection, tokens[:, None], positions=where)[:, 0]

@@ -24,7 +24,9 @@ METRICS = (
 )
 
 
-def scores(got: Sequences, truth: Sequences, *, bag: Sequence[int] | None = None) -> dict[str, float]:
+def scores(
+    got: Sequences, truth: Sequences, *, bag: Sequence[int] | None = None
+) -> dict[str, float]:
     """One update's METRICS. ``got`` are hypotheses, best first: no more than there are truths
     count, so that an attack gains nothing by guessing often.
 
@@ -82,9 +84,7 @@ def mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 # --- private --------------------------------------------------------------------------------------
 
 
-def _matched(
-    got: Sequences, truth: Sequences
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _matched(got: Sequences, truth: Sequences) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Every truth with its hypothesis, so that most tokens are in place or at least in common."""
     if not got or not truth:
         return [((), t) for t in truth]

@@ -31,11 +31,17 @@ class Span:
     def rank(self) -> float:
         return float(self.weights.sum())
 
+    @property
+    def sharp(self) -> bool:
+        """Whether a direction is either in or out."""
+        return bool(((self.weights == 0) | (self.weights == 1)).all())
+
     def residual(self, x: Tensor) -> Tensor:
         """|x - P x| / |x| for the last axis of ``x``: 0 inside the span, 1 outside."""
         inside = x @ self.directions * self.weights
-        out = (x - inside @ self.directions.T).norm(dim=-1)
-        return out / x.norm(dim=-1).clamp_min(torch.finfo(x.dtype).tiny)
+        out: Tensor = torch.linalg.vector_norm(x - inside @ self.directions.T, dim=-1)
+        size: Tensor = torch.linalg.vector_norm(x, dim=-1)
+        return out / size.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def spans(changes: Sequence[Tensor]) -> tuple[Span, ...]:
@@ -98,6 +104,6 @@ def noise_edge(outputs: int, width: int, values: Tensor) -> float:
 def _reference(outputs: int, width: int) -> Tensor:
     """Singular values of a matrix of standard normal numbers."""
     generator = torch.Generator().manual_seed(0)
-    return torch.linalg.svdvals(
-        torch.randn(outputs, width, generator=generator, dtype=torch.float64)
-    )
+    matrix = torch.randn(outputs, width, generator=generator, dtype=torch.float64)
+    values: Tensor = torch.linalg.svd(matrix, full_matrices=False)[1]
+    return values
