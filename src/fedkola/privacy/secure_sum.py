@@ -28,7 +28,7 @@ from fedkola.errors import CohortTooSmall, FedKolaError, PrivacyError, UpdateHid
 from fedkola.privacy import frames, keys, masks, member, shamir
 from fedkola.privacy.graph import choose_graph, neighbours
 from fedkola.privacy.keys import Roster
-from fedkola.privacy.member import ASK, FOLDER, IDENTITY, OPEN, RELAY, REVEAL, SHARE, Rules
+from fedkola.privacy.member import ASK, FOLDER, IDENTITY, OPEN, RELAY, REVEAL, SHARE, Member, Rules
 from fedkola.types import Aggregate, Broadcast, Cohort, Engine, Grid, Reply, Spec, Tally, Update
 
 logger = logging.getLogger(__name__)
@@ -387,11 +387,30 @@ class _Refusing:
         return False
 
 
-def enrol(folder: Path, stores: Mapping[str, Path]) -> tuple[Roster, Ed25519PrivateKey]:
-    """The roster of a run whose sites lie on one machine, and the server's key.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Enrolled:
+    """A run whose sites lie on one machine: roster, rules, and the server's key and folder."""
 
-    Identities and the name of the run are made at the first call and kept. Sites of other machines
-    exchange their public keys by hand instead.
+    roster: Roster
+    rules: Rules
+    key: Ed25519PrivateKey
+    folder: Path
+
+    def member(self, name: str, store: Path) -> Member:
+        """The half of one site, which keeps its secrets below ``store``."""
+        return Member(name, store, self.roster, self.rules)
+
+    def over(self, engine: Engine) -> SecureSum:
+        """The half of the server."""
+        return SecureSum(
+            engine, roster=self.roster, key=self.key, folder=self.folder, rules=self.rules
+        )
+
+
+def enrol(folder: Path, stores: Mapping[str, Path], rules: Rules) -> Enrolled:
+    """Make identities and the name of the run, at the first call; they are kept.
+
+    Sites of other machines exchange their public keys by hand instead.
     """
     key = keys.identity(folder / "server.key")
     run = folder / "run.id"
@@ -399,7 +418,8 @@ def enrol(folder: Path, stores: Mapping[str, Path]) -> tuple[Roster, Ed25519Priv
         keys.write_private(run, os.urandom(16))
     own = {name: keys.identity(store / FOLDER / IDENTITY) for name, store in stores.items()}
     sites = [(name, one.public_key().public_bytes_raw()) for name, one in own.items()]
-    return keys.roster(run.read_bytes(), key.public_key().public_bytes_raw(), sites), key
+    roster = keys.roster(run.read_bytes(), key.public_key().public_bytes_raw(), sites)
+    return Enrolled(roster=roster, rules=rules, key=key, folder=folder)
 
 
 def _grid(*names: str) -> Grid:
