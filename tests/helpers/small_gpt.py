@@ -18,8 +18,10 @@ def sentences(count: int, *, seed: int, words: int = 12) -> list[str]:
     return [" ".join(chance.choices(known, weights, k=words)) for _ in range(count)]
 
 
-def small_gpt(folder: Path, *, width: int = 32, vocabulary: int = 600) -> Foundation:
+def small_gpt(
+    folder: Path, *, width: int = 32, vocabulary: int = 600, length: int = 32
+) -> Foundation:
     """A new GPT in ``folder`` whose tokenizer knows the invented words."""
-    shape = fresh.Shape(width=width, layers=2, heads=2, vocabulary=vocabulary, length=32)
+    shape = fresh.Shape(width=width, layers=2, heads=2, vocabulary=vocabulary, length=length)
     fresh.create(folder, shape, sentences(400, seed=1), seed=0)
-    return load(str(folder), max_tokens=24, whole=True)
+    return load(str(folder), max_tokens=length - 8, whole=True)

@@ -5,7 +5,6 @@ weights it began from, steps, batch, optimiser, clipping and the level of the no
 as many changes with known records as it likes, and learn from them what records do to a change.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -14,8 +13,10 @@ from torch import Generator, Tensor
 
 from fedkola.audit.evidence import Known, Sequences, Sighting
 from fedkola.errors import DataError
+from fedkola.privacy.clip import factor, norm
 from fedkola.training import whole
 from fedkola.training.model import Foundation, encode
+from fedkola.training.per_unit import clipped_sum
 from fedkola.training.whole import Ids, Local
 from fedkola.types import Scalar, Weights
 
@@ -136,22 +137,16 @@ def noisy(
     foundation: Foundation, how: Recipe, weights: Weights, units: Sequence[Ids], source: Generator
 ) -> dict[str, Tensor]:
     """A private gradient: the records' own, each cut, their sum with noise, over ``batch``."""
-    total = {name: torch.zeros_like(value) for name, value in weights.items()}
-    for unit in units:
-        own = whole.gradient(foundation, weights, [unit])
-        cut = min(1.0, how.bound / max(norm(own), 1e-12))
-        for name, value in own.items():
-            total[name] += cut * value
-    for value in total.values():
-        value += how.sigma * how.bound * torch.randn(value.shape, generator=source)
-        value /= how.batch
-    return total
-
-
-def norm(tensors: Weights) -> float:
-    """The Euclidean norm of all tensors together."""
-    squares = sum(float(value.double().square().sum()) for value in tensors.values())
-    return math.sqrt(squares)
+    total, _ = clipped_sum(
+        foundation, weights, [[unit] for unit in units], lambda norms: factor(norms, how.bound)
+    )
+    spread = how.sigma * how.bound
+    return {
+        name: (
+            (total[name] + spread * torch.randn(value.shape, generator=source)) / how.batch
+        ).float()
+        for name, value in weights.items()
+    }
 
 
 # --- private --------------------------------------------------------------------------------------

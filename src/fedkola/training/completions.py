@@ -6,6 +6,7 @@ The prefix is read once; completions share their contexts, and each context is r
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,25 +20,55 @@ from fedkola.types import Weights
 ROWS = 512
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Completions of one length: ``contexts`` are their distinct beginnings, ``place`` says which
+    is whose, in ascending order."""
+
+    rows: Tensor
+    wanted: Tensor
+    contexts: Tensor
+    place: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """Completions sorted by length and beginning, once for any number of prefixes and models."""
+
+    ids: tuple[tuple[int, ...], ...]
+    groups: tuple[_Group, ...]
+
+    @classmethod
+    def of(cls, completions: Sequence[Ids]) -> "Completions":
+        """Raises DataError unless every completion has a token."""
+        if not completions or not all(completions):
+            raise DataError(
+                f"{len(completions)} completions were given, of at least 0 tokens; give some, and "
+                "at least one token in each"
+            )
+        by_length: dict[int, list[int]] = {}
+        for row, ids in enumerate(completions):
+            by_length.setdefault(len(ids), []).append(row)
+        groups = tuple(_group(completions, rows) for rows in by_length.values())
+        return cls(ids=tuple(tuple(ids) for ids in completions), groups=groups)
+
+
 def completion_nll(
-    foundation: Foundation, weights: Weights, prefix: Ids, completions: Sequence[Ids]
+    foundation: Foundation, weights: Weights, prefix: Ids, completions: Completions
 ) -> Tensor:
     """(n,) float64: nats of each completion after ``prefix``.
 
-    Raises DataError for an empty prefix or completion, Incompatible for an encoder.
+    Raises DataError for an empty prefix or one too long, Incompatible for an encoder.
     """
-    _check(foundation, prefix, completions)
-    found = torch.zeros(len(completions), dtype=torch.float64)
-    lengths = torch.tensor([len(ids) for ids in completions])
+    _check(foundation, prefix, max(group.wanted.shape[1] for group in completions.groups))
+    found = torch.zeros(len(completions.ids), dtype=torch.float64)
     with holding(foundation, weights) as model, torch.inference_mode():
         first, cache = _read(model, prefix)
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero().flatten()
-            wanted = torch.tensor([completions[row] for row in rows.tolist()])
-            found[rows] = first[wanted[:, 0]]
-            if length > 1:
-                contexts, place = wanted[:, :-1].unique(dim=0, return_inverse=True)
-                found[rows] += _rest(model, cache, contexts, place, wanted[:, 1:])
+        for group in completions.groups:
+            likely = first[group.wanted[:, 0]]
+            if group.wanted.shape[1] > 1:
+                likely = likely + _rest(model, cache, group)
+            found[group.rows] = likely
     return -found
 
 
@@ -55,7 +86,7 @@ def sample(
 
     With ``top`` 1 every one is the greedy continuation.
     """
-    _check(foundation, prefix, [[0] * length])
+    _check(foundation, prefix, length)
     tokens = torch.tensor([list(prefix)] * count)
     with holding(foundation, weights) as model, torch.inference_mode():
         for _ in range(length):
@@ -77,34 +108,46 @@ def _read(model: nn.Module, prefix: Ids) -> tuple[Tensor, Any]:
     return out.logits[0, -1].double().log_softmax(dim=0), out.past_key_values
 
 
-def _rest(model: nn.Module, cache: Any, contexts: Tensor, place: Tensor, wanted: Tensor) -> Tensor:
-    """Log-probability of all tokens but the first; ``place`` is the context of each completion."""
-    found = torch.zeros(len(wanted), dtype=torch.float64)
+def _group(completions: Sequence[Ids], rows: Sequence[int]) -> _Group:
+    wanted = torch.tensor([list(completions[row]) for row in rows])
+    contexts, place = wanted[:1, :-1], torch.zeros(len(wanted), dtype=torch.long)
+    if wanted.shape[1] > 1:
+        contexts, place = torch.unique(wanted[:, :-1], dim=0, return_inverse=True)
     order = place.argsort(stable=True)
-    starts = torch.searchsorted(place[order], torch.arange(len(contexts) + 1))
-    for at in range(0, len(contexts), ROWS):
-        part = contexts[at : at + ROWS]
+    return _Group(
+        rows=torch.tensor(list(rows))[order],
+        wanted=wanted[order],
+        contexts=contexts,
+        place=place[order],
+    )
+
+
+def _rest(model: nn.Module, cache: Any, group: _Group) -> Tensor:
+    """Log-probability of all tokens of each completion but the first."""
+    found = torch.zeros(len(group.wanted), dtype=torch.float64)
+    starts = torch.searchsorted(group.place, torch.arange(len(group.contexts) + 1)).tolist()
+    columns = torch.arange(group.contexts.shape[1]).unsqueeze(0)
+    for at in range(0, len(group.contexts), ROWS):
+        part = group.contexts[at : at + ROWS]
         own = copy.deepcopy(cache)
         own.batch_repeat_interleave(len(part))
         out: Any = model(input_ids=part, past_key_values=own, use_cache=True)
-        chances = out.logits.float().log_softmax(dim=2)
-        rows = order[starts[at] : starts[min(at + ROWS, len(contexts))]]
-        seen = chances[place[rows] - at]
-        found[rows] = seen.gather(2, wanted[rows].unsqueeze(2))[:, :, 0].double().sum(dim=1)
+        logits = out.logits.float()
+        inside = slice(starts[at], starts[at + len(part)])
+        context = (group.place[inside] - at).unsqueeze(1)
+        likely = logits[context, columns, group.wanted[inside, 1:]]
+        likely = likely - logits.logsumexp(dim=2)[context, columns]
+        found[inside] = likely.double().sum(dim=1)
     return found
 
 
-def _check(foundation: Foundation, prefix: Ids, completions: Sequence[Ids]) -> None:
+def _check(foundation: Foundation, prefix: Ids, length: int) -> None:
     if foundation.kind != "causal":
         raise Incompatible(f"model {foundation.name} is an encoder; it continues no text")
-    if not prefix or not completions or not all(completions):
+    longest = len(prefix) + length
+    if not prefix or length < 1 or longest > foundation.max_tokens:
         raise DataError(
-            f"a prefix of {len(prefix)} tokens and {len(completions)} completions were given; "
-            "expected at least one token in each"
-        )
-    longest = len(prefix) + max(len(ids) for ids in completions)
-    if longest > foundation.max_tokens:
-        raise DataError(
-            f"prefix and completion have {longest} tokens, the model reads "
-            f"{foundation.max_tokens}; give shorter ones or raise model.max_tokens"
+            f"a prefix of {len(prefix)} tokens and {length} more were given; expected at least one "
+            f"of each and at most the {foundation.max_tokens} that the model reads; give shorter "
+            "ones or raise model.max_tokens"
         )

@@ -7,6 +7,7 @@ from small_gpt import sentences, small_gpt
 from fedkola.audit import shadow
 from fedkola.audit.evidence import Sighting
 from fedkola.audit.shadow import Recipe
+from fedkola.privacy.clip import norm
 from fedkola.training import whole
 from fedkola.training.model import Foundation, encode
 from fedkola.training.whole import Local
@@ -52,9 +53,9 @@ def test_a_private_gradient_without_noise_is_the_sum_of_cut_gradients(gpt: Found
     how = Recipe(steps=1, batch=5, local=Local(), sigma=1e-12, bound=0.5)
     found = shadow.noisy(gpt, how, before, records, torch.Generator().manual_seed(0))
     singles = [whole.gradient(gpt, before, [ids]) for ids in records]
-    assert all(shadow.norm(single) > 0.5 for single in singles)
+    assert all(norm(single) > 0.5 for single in singles)
     for name, value in found.items():
-        cut = sum(0.5 / shadow.norm(single) * single[name] for single in singles)
+        cut = sum(0.5 / norm(single) * single[name] for single in singles)
         assert torch.allclose(value, cut / 5, atol=1e-6)
 
 

@@ -1,0 +1,276 @@
+"""A7, canaries: made-up secrets planted in the records, and what the trained model tells of them.
+
+"Patient NAME, record DIGITS" stands 0, 1, 4, 16 and 64 times in the text (Carlini et al., The
+secret sharer, USENIX Security 2019). Its exposure is 16 - log2 of the rank of its digits among
+65,536 fillings by their likelihood: 16 bits for the likeliest, 1.44 on average for one that was
+never read. Extraction asks the model itself: the greedy continuation, and 100 samples from the 40
+likeliest tokens (Carlini et al., Extracting training data, USENIX Security 2021).
+"""
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedkola.audit import shadow
+from fedkola.audit.evidence import (
+    Control,
+    Evidence,
+    Example,
+    Known,
+    Measure,
+    Sequences,
+    Sighting,
+    Truth,
+)
+from fedkola.audit.intervals import mean_interval, rate_interval
+from fedkola.errors import DataError
+from fedkola.training.completions import Completions, completion_nll, sample
+from fedkola.training.model import Foundation, encode
+from fedkola.training.whole import Ids
+from fedkola.types import Weights
+
+SHARE = 10 / 16
+SAMPLES, TOP = 100, 40
+FIRST = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas")
+LAST = ("Adler", "Brandt", "Castro", "Dumas", "Engel", "Fischer", "Garcia", "Huber", "Ivanov")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """One secret and how often it is planted."""
+
+    name: str
+    digits: str
+    repeats: int
+
+    @property
+    def prefix(self) -> str:
+        return f"Patient {self.name}, record"
+
+    @property
+    def text(self) -> str:
+        return f"{self.prefix} {self.digits}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryExposure:
+    """``each`` canaries for every number of repeats, and as many that are never planted.
+
+    ``secret`` decides names and digits; plant the texts of :meth:`canaries` in the records. A
+    secret has ``digits`` digits and is ranked among 2^``bits`` of them.
+    """
+
+    name: ClassVar[str] = "canary"
+    repeats: tuple[int, ...] = (1, 4, 16, 64)
+    each: int = 4
+    secret: int = 0
+    digits: int = 5
+    bits: int = 16
+
+    def canaries(self) -> tuple[Canary, ...]:
+        """Every canary, the ones that are never planted last."""
+        counts = [count for count in (*self.repeats, 0) for _ in range(self.each)]
+        return made(counts, digits=self.digits, seed=self.secret)
+
+    def run(self, seen: Sequence[Sighting], known: Known, truth: Truth) -> Evidence:
+        """Exposure under the newest weights that can be seen: those after the last change.
+
+        Raises DataError if no canary is among the records, or if digits have no tokens of their
+        own in this tokenizer.
+        """
+        began = time.perf_counter()
+        if not seen:
+            raise DataError("no weights were seen; canaries need a change or a model to ask")
+        last = max(seen, key=lambda sighting: sighting.round)
+        canaries = self.canaries()
+        book = _Book.of(known.foundation, digits=self.digits, bits=self.bits)
+        _require_planted(known.foundation, book, canaries, truth)
+        weights = after(last)
+        bits = [exposure(known.foundation, weights, book, one, seed=known.seed) for one in canaries]
+        greedy, sampled, said = [], [], []
+        for one in canaries:
+            answers = _asked(known.foundation, weights, book, one, seed=known.seed)
+            greedy.append(answers[0] == book.ids(one.digits))
+            sampled.append(book.ids(one.digits) in answers[1:])
+            said.append(answers[0])
+        return Evidence(
+            attack=self.name,
+            target="model" if not last.change else "single" if last.sites == 1 else "sum",
+            updates=1,
+            measures=_measures(canaries, bits, greedy, sampled, seed=known.seed),
+            control=_control(self, book, last, known, truth),
+            seconds=time.perf_counter() - began,
+            examples=_examples(known.foundation, canaries, said),
+            notes=f"interval over {self.each} canaries of each kind, one model",
+            settings={"each": self.each, "fillings": 2**self.bits, "samples": SAMPLES, "top": TOP},
+        )
+
+
+def made(counts: Sequence[int], *, digits: int, seed: int) -> tuple[Canary, ...]:
+    """One canary for each count of repeats, names and digits by the seed."""
+    chance = random.Random(f"fedkola/canary/1/{seed}")
+    names = chance.sample([f"{first} {last}" for first in FIRST for last in LAST], len(counts))
+    numbers = chance.sample(range(10**digits), len(counts))
+    return tuple(
+        Canary(name=name, digits=f"{number:0{digits}d}", repeats=count)
+        for name, number, count in zip(names, numbers, counts, strict=True)
+    )
+
+
+def after(seen: Sighting) -> dict[str, Tensor]:
+    """The weights after a change."""
+    return {
+        name: value.float() + seen.change[name].float() if name in seen.change else value.float()
+        for name, value in seen.before.items()
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Book:
+    """The tokens of every filling, in the order of its number; the same after every prefix."""
+
+    fillings: Completions
+    bits: int
+
+    @classmethod
+    def of(cls, foundation: Foundation, *, digits: int, bits: int) -> "_Book":
+        # The last word of every prefix is the same, so one short prefix stands for all.
+        rows = encode(foundation, [f"record {number:0{digits}d}" for number in range(10**digits)])
+        least, most = min(rows), max(rows)
+        shared = next(
+            (i for i, pair in enumerate(zip(least, most, strict=False)) if pair[0] != pair[1]), 0
+        )
+        fillings = {tuple(row[shared:]) for row in rows} - {()}
+        if len(fillings) < len(rows):
+            raise DataError(
+                f"the tokenizer of {foundation.name} gives different digits the same tokens, or "
+                "cuts them off; canaries need a tokenizer that knows digits and a longer text"
+            )
+        return cls(fillings=Completions.of([row[shared:] for row in rows]), bits=bits)
+
+    def ids(self, digits: str) -> list[int]:
+        return list(self.fillings.ids[int(digits)])
+
+    def prefix(self, foundation: Foundation, canary: Canary) -> list[int]:
+        """Tokens before the digits. Raises DataError if digits join what is before them."""
+        (whole,), own = encode(foundation, [canary.text]), self.ids(canary.digits)
+        if whole[-len(own) :] != own:
+            raise DataError(
+                f"the tokens of {canary.text!r} do not end with those of its digits; canaries need "
+                "a tokenizer that splits at spaces, and a model of at least "
+                f"{len(whole) + len(own)} tokens"
+            )
+        return whole[: -len(own)]
+
+
+def exposure(
+    foundation: Foundation, weights: Weights, book: _Book, canary: Canary, *, seed: int
+) -> float:
+    """Bits of the book less log2 of the rank of the true digits among as many, their own in it."""
+    nats = completion_nll(foundation, weights, book.prefix(foundation, canary), book.fillings)
+    own = int(canary.digits)
+    generator = torch.Generator().manual_seed(seed * 100_003 + own)
+    order = torch.randperm(len(nats), generator=generator)
+    others = nats[order[order != own][: 2**book.bits - 1]]
+    before = float((others < nats[own]).sum()) + 0.5 * float((others == nats[own]).sum())
+    return book.bits - math.log2(1 + before)
+
+
+# --- private --------------------------------------------------------------------------------------
+
+
+def _asked(
+    foundation: Foundation, weights: Weights, book: _Book, canary: Canary, *, seed: int
+) -> list[list[int]]:
+    """The greedy continuation, then samples from the likeliest tokens."""
+    prefix, length = book.prefix(foundation, canary), len(book.ids(canary.digits))
+    generator = torch.Generator().manual_seed(seed)
+    greedy = sample(foundation, weights, prefix, length=length)
+    return greedy + sample(
+        foundation, weights, prefix, length=length, count=SAMPLES, top=TOP, generator=generator
+    )
+
+
+def _measures(
+    canaries: Sequence[Canary],
+    bits: Sequence[float],
+    greedy: Sequence[bool],
+    sampled: Sequence[bool],
+    *,
+    seed: int,
+) -> dict[str, Measure]:
+    def of(values: Sequence[float], repeats: int) -> list[float]:
+        rows = zip(canaries, values, strict=True)
+        return [value for canary, value in rows if canary.repeats == repeats]
+
+    null = of(bits, 0)
+    level = sum(null) / len(null)
+    found = {"exposure_0": mean_interval(null, seed=seed)}
+    for count in sorted({canary.repeats for canary in canaries} - {0}):
+        found[f"exposure_{count}"] = mean_interval(of(bits, count), seed=seed, null=level)
+    for name, values in (("greedy", greedy), ("top40", sampled)):
+        for count in sorted({canary.repeats for canary in canaries} - {0}):
+            hits, misses = of(values, count), of(values, 0)
+            found[f"{name}_{count}"] = rate_interval(
+                int(sum(hits)), len(hits), null=sum(misses) / len(misses)
+            )
+    return found
+
+
+def _control(
+    attack: CanaryExposure, book: _Book, last: Sighting, known: Known, truth: Truth
+) -> Control:
+    """Other canaries, most often repeated, trained in the open among as many other records."""
+    foundation, most = known.foundation, max(attack.repeats)
+    fresh = made([most] * 2, digits=attack.digits, seed=attack.secret + 7919)
+    texts = [canary.text for canary in fresh for _ in range(most)]
+    others = [ids for records in truth.values() for ids in records][: len(texts)]
+    records: list[Ids] = [*encode(foundation, texts), *others]
+    how = shadow.recipe(replace(last, change=last.before)).open()
+    how = replace(how, steps=-(-len(records) // how.batch), warm=False)
+    trained = shadow.shadow(foundation, last.before, how, [records], seed=known.seed)
+    weights = {name: value + trained.change[name] for name, value in last.before.items()}
+    bits = [exposure(foundation, weights, book, one, seed=known.seed) for one in fresh]
+    return Control(
+        metric=f"exposure_{most}", value=sum(bits) / len(bits), floor=SHARE * attack.bits
+    )
+
+
+def _require_planted(
+    foundation: Foundation, book: _Book, canaries: Sequence[Canary], truth: Truth
+) -> None:
+    """Raise DataError unless some canary's prefix and digits stand in some record."""
+    records: list[Sequences] = list(truth.values())
+    start = 0 if foundation.start is None else 1
+    for canary in canaries:
+        if canary.repeats:
+            wanted = [*book.prefix(foundation, canary)[start:], *book.ids(canary.digits)]
+            if any(_within(wanted, ids) for part in records for ids in part):
+                return
+    raise DataError(
+        f"none of {len(canaries)} canaries stands in the {sum(map(len, records))} records; plant "
+        "the texts of CanaryExposure.canaries() before the run"
+    )
+
+
+def _within(wanted: Sequence[int], ids: Sequence[int]) -> bool:
+    size, row = len(wanted), list(ids)
+    return any(row[at : at + size] == list(wanted) for at in range(len(row) - size + 1))
+
+
+def _examples(
+    foundation: Foundation, canaries: Sequence[Canary], said: Sequence[Sequence[int]]
+) -> tuple[Example, ...]:
+    """The most repeated canaries and the greedy answers to them."""
+    tokenizer: Any = foundation.tokenizer
+    rows = sorted(zip(canaries, said, strict=True), key=lambda row: -row[0].repeats)[:4]
+    return tuple(
+        Example(truth=canary.text, got=f"{canary.prefix}{tokenizer.decode(list(tokens))}")
+        for canary, tokens in rows
+    )
