@@ -26,6 +26,7 @@ from fedkola.knowledge.journal import Place
 from fedkola.knowledge.stream import Records
 from fedkola.privacy import behind
 from fedkola.privacy.behind import Behind
+from fedkola.privacy.member import Member
 from fedkola.training import evaluate, features, fit
 from fedkola.training.model import Foundation, encode
 from fedkola.types import (
@@ -66,9 +67,11 @@ class Site:
         store: Path,
         held_out: Dataset | None = None,
         remembers: Callable[[int], bool] | None = None,
+        member: Member | None = None,
     ) -> None:
         """``remembers`` says of a round whether the site keeps what stood behind its answers, for
-        an audit of a recorded run; None keeps nothing."""
+        an audit of a recorded run; None keeps nothing. With ``member`` the site answers under
+        secure aggregation and in no other way."""
         self.name = name
         self.held_out = held_out or data.take(())
         self.catalogue = catalogue
@@ -78,6 +81,7 @@ class Site:
         self._data = data
         self._remembers = remembers
         self._behind = Behind()
+        self._member = member
         self._scopes = {label.code: label.scope for label in catalogue.labels}
         store.mkdir(parents=True, exist_ok=True)
 
@@ -90,20 +94,12 @@ class Site:
         """The answer to one question, the same bytes whenever the same question is asked again."""
         try:
             asked = wire.unpack_broadcast(message)
+            if self._member is not None:
+                return self._member.answer(asked, message, self._words)
             kept = self._outbox(asked, message)
             if kept.exists():
                 return kept.read_bytes()
-            self._behind = Behind()
-            update = _step(asked)(self, asked)
-            words = wire.words(update, asked.grid, asked.cohort)
-            self._remember(asked, message, words)
-            reply = Reply(
-                client=self.name,
-                question=wire.question(message),
-                words=words,
-                word=asked.grid.word,
-            )
-            answer = wire.pack_reply(reply)
+            answer = wire.pack_reply(self._reply(asked, message))
             _write(kept, answer)
         except FedKolaError as error:
             self._log(f"{type(error).__name__}: {error}")
@@ -261,8 +257,10 @@ class Site:
         forget.adopt(self.store, journal.revision(round))
 
     def finish(self) -> None:
-        """Drop kept answers when a run is done: nothing will be asked again."""
+        """Drop kept answers and secrets when a run is done: nothing will be asked again."""
         self._drop_outbox()
+        if self._member is not None:
+            self._member.finish()
 
     def settle(self, *requests: forget.Request, batch: str = "") -> None:
         """Delete what the site kept about removed records, after the bank has changed."""
@@ -275,6 +273,29 @@ class Site:
         self._drop_outbox()
 
     # --- private ----------------------------------------------------------------------------------
+
+    def _reply(self, asked: Broadcast, message: bytes) -> Reply:
+        self._behind = Behind()
+        update = _step(asked)(self, asked)
+        words = wire.words(update, asked.grid, asked.cohort)
+        self._remember(asked, message, words)
+        return Reply(
+            client=self.name,
+            question=wire.question(message),
+            words=words,
+            word=asked.grid.word,
+        )
+
+    def _words(self, question: bytes) -> Weights:
+        """The integers that a masked answer hides: the same whenever the same question comes, also
+        in another exchange."""
+        asked = wire.unpack_broadcast(question)
+        kept = self._outbox(asked, question)
+        if kept.exists():
+            return wire.unpack_reply(kept.read_bytes()).words
+        reply = self._reply(asked, question)
+        _write(kept, wire.pack_reply(reply))
+        return reply.words
 
     def _targets(
         self, weights: Weights, data: Dataset, classes: Sequence[str], pinned: Weights | None

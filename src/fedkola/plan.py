@@ -195,9 +195,11 @@ class Knowledge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Privacy:
-    """``epsilon`` inf makes no formal claim."""
+    """``epsilon`` inf makes no formal claim. ``colluders`` is the number of sites that may work
+    together with the server under secure aggregation."""
 
     secure_sum: bool = False
+    colluders: int = 0
     epsilon: float = inf
     delta: float = 1e-6
 
@@ -317,6 +319,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "knowledge.held_out": (0, 1),
     "knowledge.removal_batch": (0, _WORD),
     "knowledge.removal_wait": (0, _WORD),
+    "privacy.colluders": (0, _WORD),
     "privacy.epsilon": (_TINY, inf),
     "privacy.delta": (0, 1),
     "engine.order": (0, _WORD),

@@ -5,6 +5,8 @@ site. One transaction per round holds state, report, sampler and events, so kill
 any instant leaves round n or round n + 1, and resuming gives the bits of an undisturbed run.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,6 +26,7 @@ from fedkola.audit.tap import SumTap, Tap
 from fedkola.audit.transcript import Transcript
 from fedkola.client import Site, Trainer
 from fedkola.engines import ENGINES
+from fedkola.engines.in_process import Answer
 from fedkola.errors import (
     CohortTooSmall,
     Incompatible,
@@ -40,10 +43,13 @@ from fedkola.knowledge.compact import Policy
 from fedkola.knowledge.stream import Stream
 from fedkola.ledger import Ledger
 from fedkola.plan import Plan, as_dict, digest
+from fedkola.privacy import secure_sum
 from fedkola.privacy.guards import Guarded
+from fedkola.privacy.member import LEAST, Rules
+from fedkola.privacy.secure_sum import Enrolled
 from fedkola.training import adapters, features, model
 from fedkola.training.model import Foundation
-from fedkola.types import Algorithm, Catalogue, Clients, Cohort, Engine, Event, Report
+from fedkola.types import Algorithm, Catalogue, Clients, Cohort, Engine, Event, Report, Visibility
 
 CLIP = 16.0
 
@@ -55,11 +61,6 @@ def check(plan: Plan) -> None:
     """Refuse before round 1 what could not hold: unknown names, protections this version lacks."""
     _known("algorithm.name", plan.algorithm.name, ALGORITHMS)
     _known("engine.name", plan.engine.name, ENGINES)
-    if plan.privacy.secure_sum:
-        raise Incompatible(
-            "privacy.secure_sum = true: this version has no secure aggregation, and a run is never "
-            "started with less protection than its plan asks for; set it to false knowingly"
-        )
     if isfinite(plan.privacy.epsilon):
         raise Incompatible(
             f"privacy.epsilon = {plan.privacy.epsilon}: this version adds no noise and can promise "
@@ -83,6 +84,8 @@ def check(plan: Plan) -> None:
             f"cohort.minimum = {plan.cohort.minimum} is below knowledge.k_min = "
             f"{plan.knowledge.k_min}; no cell could ever open in such a round"
         )
+    if plan.privacy.secure_sum:
+        _check_secure(plan)
 
 
 def assemble(
@@ -118,6 +121,7 @@ def assemble(
     if share:
         stream = replace(stream, sites={name: kept for name, (kept, _) in parts.items()})
     keep = _kept(plan, stream)
+    secured = enrolled(plan, folder, tuple(parts), base)
     sites = {
         name: Site(
             name,
@@ -127,17 +131,12 @@ def assemble(
             store=folder / "sites" / name,
             held_out=never,
             remembers=keep,
+            member=secured.member(name, folder / "sites" / name) if secured else None,
         )
         for name, (kept, never) in parts.items()
     }
     answers = {name: site.answer for name, site in sites.items()}
     transcript = Transcript(folder / transcripts.NAME, keep=keep) if keep else None
-    engine: Engine = ENGINES[plan.engine.name](answers, order=plan.engine.order)
-    if transcript is not None:
-        engine = Tap(engine, transcript)
-    clients: Clients = engine
-    if transcript is not None:
-        clients = SumTap(clients, transcript)
     level = report_level(plan, stream.catalogue)
     return Federation(
         plan=plan,
@@ -146,11 +145,50 @@ def assemble(
         foundation=base,
         trainer=trainer,
         sites=sites,
-        clients=Guarded(clients, run=plan.run.name, seed=plan.run.seed),
+        clients=connect(plan, answers, secured=secured, transcript=transcript),
         algorithm=build(plan, stream.catalogue, trainer, level, folder),
         level=level,
         transcript=transcript,
     )
+
+
+def connect(
+    plan: Plan,
+    answers: Mapping[str, Answer],
+    *,
+    secured: Enrolled | None = None,
+    transcript: Transcript | None = None,
+) -> Clients:
+    """The server's view of sites that answer in bytes, in the wrappers that the plan asks for."""
+    engine: Engine = ENGINES[plan.engine.name](answers, order=plan.engine.order)
+    if transcript is not None:
+        engine = Tap(engine, transcript)
+    clients: Clients = secured.over(engine) if secured else engine
+    if transcript is not None:
+        clients = SumTap(clients, transcript)
+    return Guarded(clients, run=plan.run.name, seed=plan.run.seed)
+
+
+def enrolled(plan: Plan, folder: Path, names: Sequence[str], base: Foundation) -> Enrolled | None:
+    """Who takes part in secure aggregation, where the plan asks for it; keys are made once.
+
+    Raises Incompatible below three sites.
+    """
+    if not plan.privacy.secure_sum:
+        return None
+    rules = Rules(
+        plan_hash=bytes.fromhex(digest(plan)),
+        manifest_hash=_manifest_hash(base),
+        shapes=_shapes(base),
+        colluders=plan.privacy.colluders,
+    )
+    if len(names) < rules.least:
+        raise Incompatible(
+            f"privacy.secure_sum = true with {len(names)} sites: {rules.least} are needed, or a "
+            "site reads another's addend out of the sum; add sites or set it to false knowingly"
+        )
+    stores = {name: folder / "sites" / name for name in names}
+    return secure_sum.enrol(folder / "secure_sum", stores, rules)
 
 
 def load_base(plan: Plan) -> Foundation:
@@ -359,6 +397,48 @@ def _demand(plan: Plan, number: int, sites: Sequence[str]) -> None:
 
 def _least(plan: Plan) -> int:
     return 1 if plan.algorithm.name == "joint" else plan.cohort.minimum
+
+
+def _check_secure(plan: Plan) -> None:
+    method, least = ALGORITHMS[plan.algorithm.name], max(LEAST, plan.privacy.colluders + 2)
+    why = ""
+    if method.needs is Visibility.EACH or plan.algorithm.name == "joint":
+        able = [
+            name
+            for name, one in ALGORITHMS.items()
+            if one.needs is Visibility.SUM and name != "joint"
+        ]
+        why = (
+            f"{plan.algorithm.name} reads single answers, which then nobody can; set "
+            f"algorithm.name to {', '.join(able)}"
+        )
+    elif plan.cohort.minimum < least:
+        why = (
+            f"cohort.minimum = {plan.cohort.minimum}, and a sum must be over {least} sites at "
+            "least; raise it"
+        )
+    elif issubclass(method, FedKoLa) and plan.knowledge.k_min < least:
+        why = (
+            f"knowledge.k_min = {plan.knowledge.k_min} would ask for sums over fewer than {least} "
+            "sites; raise it"
+        )
+    if why:
+        raise Incompatible(f"privacy.secure_sum = true: {why}")
+
+
+def _manifest_hash(base: Foundation) -> bytes:
+    text = json.dumps([base.hash, sorted(_shapes(base).items())])
+    return hashlib.sha256(f"fedkola/manifest/1/{text}".encode()).digest()
+
+
+def _shapes(base: Foundation) -> dict[str, tuple[int | None, ...]]:
+    """Shapes of the model's own tensors, and of the adapters its layers may carry."""
+    shapes: dict[str, tuple[int | None, ...]] = {
+        name: tuple(value.shape) for name, value in base.model.state_dict().items()
+    }
+    for name, (d_out, d_in) in adapters.targets(base).items():
+        shapes |= {f"{name}.lora_A": (None, d_in), f"{name}.lora_B": (d_out, None)}
+    return shapes
 
 
 def _known(key: str, name: str, table: Mapping[str, object]) -> None:

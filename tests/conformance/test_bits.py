@@ -1,4 +1,4 @@
-"""Every algorithm on every engine: the same bits in any order of arrival, and every time."""
+"""Every algorithm on every engine, plain and masked: the same bits in any order, every time."""
 
 from pathlib import Path
 from typing import Any
@@ -9,17 +9,26 @@ import small_federation as small
 from fedkola.algorithms import ALGORITHMS
 from fedkola.engines import ENGINES
 from fedkola.ledger import Ledger
+from fedkola.types import Visibility
 
+SUMS = [
+    method
+    for method, kind in ALGORITHMS.items()
+    if kind.needs is Visibility.SUM and method != "joint"
+]
 PAIRS = [(method, engine) for method in ALGORITHMS for engine in ENGINES]
 
 
-def finished(folder: Path, method: str, engine: str, order: int) -> tuple[str, list[Any]]:
+def finished(
+    folder: Path, method: str, engine: str, order: int, *more: str
+) -> tuple[str, list[Any]]:
     """The hash of the final state, and the knowledge events without their times."""
     sites = {"union": small.records("union", num=40)} if method == "joint" else None
     settings: tuple[str, ...] = (
         f"algorithm.name={method}",
         f"engine.name={engine}",
         f"engine.order={order}",
+        *more,
     )
     if method == "adapted":
         # Its base moves, so it has no slots for modules.
@@ -38,6 +47,13 @@ def test_the_same_plan_gives_the_same_bits_in_any_order_of_arrival(
     first = finished(tmp_path / "0", method, engine, 0)
     assert finished(tmp_path / "again", method, engine, 0) == first
     assert finished(tmp_path / "shuffled", method, engine, 3) == first
+
+
+@pytest.mark.parametrize("method", SUMS)
+def test_masked_sums_give_the_bits_of_plain_ones(tmp_path: Path, method: str):
+    plain = finished(tmp_path / "plain", method, "in_process", 0)
+    masked = finished(tmp_path / "masked", method, "in_process", 3, "privacy.secure_sum=true")
+    assert masked == plain
 
 
 @pytest.mark.parametrize("method", ["fedkola", "fedit"])

@@ -22,12 +22,10 @@ from transformers import BertConfig, BertModel
 
 from fedkola import plan as plans
 from fedkola import server, wire
-from fedkola.engines.in_process import InProcess
 from fedkola.federation import Federation
 from fedkola.knowledge.stream import Stream
 from fedkola.ledger import Ledger
 from fedkola.plan import Plan
-from fedkola.privacy.guards import Guarded
 from fedkola.training import model
 from fedkola.training.model import Foundation
 from fedkola.types import Catalogue, Dataset, Label
@@ -189,9 +187,8 @@ def assemble(
         name: wrap[name](site.answer) if name in wrap else site.answer
         for name, site in whole.sites.items()
     }
-    engine = InProcess(answers, order=whole.plan.engine.order)
-    clients = Guarded(engine, run=whole.plan.run.name, seed=whole.plan.run.seed)
-    return replace(whole, clients=clients)
+    secured = server.enrolled(whole.plan, folder, tuple(answers), foundation())
+    return replace(whole, clients=server.connect(whole.plan, answers, secured=secured))
 
 
 def failing(step: str, *, times: int) -> Callable[[Answer], Answer]:

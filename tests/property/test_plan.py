@@ -128,7 +128,11 @@ plans = st.builds(
         removal_wait=counts,
     ),
     privacy=st.builds(
-        Privacy, secure_sum=st.booleans(), epsilon=above_zero | st.just(inf), delta=shares
+        Privacy,
+        secure_sum=st.booleans(),
+        colluders=counts,
+        epsilon=above_zero | st.just(inf),
+        delta=shares,
     ),
     quality=st.builds(Quality, mode=texts),
     engine=st.builds(Engine, name=texts, order=counts),

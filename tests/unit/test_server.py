@@ -41,7 +41,6 @@ RECORD = Request(kind="record", site="east", name="east-4")
     [
         ("algorithm.name=sgd", UnknownName, "algorithm.name = 'sgd'"),
         ("engine.name=flower", UnknownName, "engine.name = 'flower'"),
-        ("privacy.secure_sum=true", Incompatible, "less protection"),
         ("privacy.epsilon=8", Incompatible, "no epsilon"),
         ("quality.mode=robust", Incompatible, "quality.mode"),
         ("knowledge.membership=enrolled", Incompatible, "padded"),
@@ -56,6 +55,28 @@ def test_a_plan_that_cannot_hold_is_refused_before_anything_runs(
 ):
     with pytest.raises(error, match=message):
         small.assemble(tmp_path, setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("algorithm.name=flora",), "reads single answers"),
+        (("algorithm.name=joint",), "reads single answers"),
+        (("algorithm.name=fedit", "cohort.minimum=2"), "cohort.minimum = 2"),
+        (("cohort.minimum=4", "privacy.colluders=2"), "k_min = 3"),
+    ],
+)
+def test_secure_aggregation_is_refused_where_single_answers_would_show(
+    tmp_path: Path, settings: tuple[str, ...], message: str
+):
+    with pytest.raises(Incompatible, match=message):
+        small.assemble(tmp_path, "privacy.secure_sum=true", *settings)
+
+
+def test_secure_aggregation_is_refused_below_three_sites(tmp_path: Path):
+    two = {name: small.records(name) for name in ("north", "west")}
+    with pytest.raises(Incompatible, match="with 2 sites"):
+        small.assemble(tmp_path, "privacy.secure_sum=true", sites=two)
 
 
 # --- rounds ---------------------------------------------------------------------------------------

@@ -9,14 +9,13 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from fedkola.errors import WireError
 from fedkola.privacy import shamir
 from fedkola.privacy.keys import KEY_BYTES, PREFIX, SIGNATURE_BYTES, Roster
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
-T = TypeVar("T")
 
 _OFFER = struct.Struct("<16s32sIIHH32s")
 _OPEN = struct.Struct("<IIH")
@@ -231,7 +230,7 @@ def unpack_answer(frame: bytes) -> tuple[int, bytes, Shapes]:
     return x, asked, shapes
 
 
-def _unpacked(form: struct.Struct, frame: bytes) -> tuple[T, ...]:
+def _unpacked(form: struct.Struct, frame: bytes) -> tuple[Any, ...]:
     if len(frame) != form.size:
         raise WireError(f"a frame of {len(frame)} bytes, expected {form.size}; drop the message")
     return form.unpack(frame)

@@ -33,8 +33,8 @@ def add_streams(words: Words, *, plus: Sequence[bytes], minus: Sequence[bytes] =
     """Add the masks of some stream keys to 1-D ``words`` and subtract those of others, in place."""
     added = [Cipher(AES256(key), CTR(_COUNTER)).encryptor() for key in plus]
     taken = [Cipher(AES256(key), CTR(_COUNTER)).encryptor() for key in minus]
-    buffer = np.empty(CHUNK_BYTES, dtype=np.uint8)
-    mask = buffer.view(words.dtype)
+    buffer = bytearray(CHUNK_BYTES)
+    mask = np.frombuffer(buffer, dtype=words.dtype)
     step = len(mask)
     for start in range(0, len(words), step):
         chunk = words[start : start + step]
