@@ -1,0 +1,66 @@
+"""The whole table of attacks on what one observer saw."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedkola.audit.evidence import Attack, Evidence, Known, Sighting, Truth
+from fedkola.audit.view import MODEL
+from fedkola.errors import FedKolaError
+
+TARGETS = ("single", "sum", "model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotRun:
+    """An attack that could not be tried on a target, and why."""
+
+    attack: str
+    target: str
+    reason: str
+
+
+def attacked(
+    seen: Sequence[Sighting],
+    known: Known,
+    truth: Truth,
+    attacks: Mapping[str, Attack],
+    *,
+    most: int,
+    note: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Evidence], list[NotRun]]:
+    """Every attack on every kind of target that is there, on at most ``most`` updates of each.
+
+    What an attack itself refuses to try is listed with its reason, never left out silently.
+    """
+    found: list[Evidence] = []
+    left: list[NotRun] = []
+    groups = {target: chosen(seen, target, most) for target in TARGETS}
+    for name, attack in attacks.items():
+        targets: Sequence[str] = getattr(attack, "targets", ("single", "sum"))
+        for target, part in groups.items():
+            if target not in targets or not part:
+                continue
+            note(f"{name} on {target}, {len(part)} updates")
+            try:
+                found.append(attack.run(part, known, truth))
+            except FedKolaError as error:
+                left.append(NotRun(attack=name, target=target, reason=str(error)))
+        if not any(groups[target] for target in targets):
+            reason = f"this observer sees no {' and no '.join(targets)} changes"
+            left.append(NotRun(attack=name, target="/".join(targets), reason=reason))
+    return found, left
+
+
+def kind(sighting: Sighting) -> str:
+    """What a sighting is a change of: a single answer, a sum, or the model as released."""
+    if sighting.who == MODEL:
+        return "model"
+    return "single" if sighting.sites == 1 else "sum"
+
+
+def chosen(seen: Sequence[Sighting], target: str, most: int) -> list[Sighting]:
+    """At most ``most`` sightings of a kind, spread over the run."""
+    mine = [one for one in seen if kind(one) == target]
+    if len(mine) <= most:
+        return mine
+    return [mine[round(i * (len(mine) - 1) / max(most - 1, 1))] for i in range(most)]
