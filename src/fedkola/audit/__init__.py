@@ -1,1 +1,15 @@
-"""The adversary: what each observer of a run saw, and attacks on exactly that."""
+"""The adversary: what each observer of a run saw, and attacks on exactly that.
+
+``ATTACKS`` is a closed table: every attack that an audit tries, in the order tried. A class may say
+which ``targets`` it is for (of "single", "sum" and "model"; by default the first two), and make a
+smaller self with ``quick()``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedkola.audit.presence import Presence
+
+ATTACKS: Mapping[str, type[Any]] = {
+    "presence": Presence,
+}

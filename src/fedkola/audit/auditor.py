@@ -1,7 +1,9 @@
 """The whole table of attacks on what one observer saw."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from fedkola.audit.evidence import Attack, Evidence, Known, Sighting, Truth
 from fedkola.audit.view import MODEL
@@ -26,11 +28,14 @@ def attacked(
     attacks: Mapping[str, Attack],
     *,
     most: int,
+    until: float = inf,
+    clock: Callable[[], float] = time.monotonic,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Evidence], list[NotRun]]:
     """Every attack on every kind of target that is there, on at most ``most`` updates of each.
 
-    What an attack itself refuses to try is listed with its reason, never left out silently.
+    What an attack itself refuses to try is listed with its reason, never left out silently; so is
+    what was not begun by the time ``until`` of ``clock``.
     """
     found: list[Evidence] = []
     left: list[NotRun] = []
@@ -39,6 +44,10 @@ def attacked(
         targets: Sequence[str] = getattr(attack, "targets", ("single", "sum"))
         for target, part in groups.items():
             if target not in targets or not part:
+                continue
+            if clock() > until:
+                reason = "the time of this profile was used up; give a larger profile"
+                left.append(NotRun(attack=name, target=target, reason=reason))
                 continue
             note(f"{name} on {target}, {len(part)} updates")
             try:

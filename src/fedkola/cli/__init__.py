@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fedkola import __version__
-from fedkola.cli import bank, bench, doctor, forget, running, upkeep
+from fedkola.cli import audit, bank, bench, doctor, forget, running, upkeep
 from fedkola.errors import FedKolaError, LedgerError
 
 # What a disk says when it is full, over quota, read-only or not ours.
@@ -32,6 +32,7 @@ bank.app.add_typer(forget.app)
 bank.app.add_typer(upkeep.app)
 app.add_typer(running.app)
 app.add_typer(doctor.app)
+app.add_typer(audit.app)
 app.add_typer(bank.app, name="bank")
 app.add_typer(bench.app, name="bench")
 

@@ -469,6 +469,57 @@ def lives(rows: Sequence[Mapping[str, Any]], rounds: int) -> Markup:
     return _svg("Lineage of the bank", about, y(len(rows)), parts)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A score between 0 and 1 with its interval, what no information would score (``null``), and
+    what the same attack reached with the defence off (``control``) and had to (``floor``)."""
+
+    name: str
+    about: str
+    value: float
+    low: float
+    high: float
+    null: float | None
+    control: float | None
+    floor: float | None
+    broken: bool = False
+
+
+def intervals(rows: Sequence[Scored]) -> Markup:
+    """One line a score: its interval, its null as a ring, its control as a diamond; "" without."""
+    if not rows:
+        return Markup("")
+    left, right, top, step = 250, WIDTH - 24, 34, 40
+
+    def x(value: float) -> float:
+        return left + (right - left) * min(1.0, max(0.0, value))
+
+    parts = [_disc(left + 4, 10, "c1"), _text(left + 14, 14, "score, 95 % interval", "value muted")]
+    parts += [_ring(left + 154, 10, "c1"), _text(left + 164, 14, "knows nothing", "value muted")]
+    parts += [
+        _diamond(left + 274, 10, "c2"),
+        _text(left + 284, 14, "control, defence off", "value muted"),
+    ]
+    base = top + step * len(rows)
+    for tick in _ticks(0.0, 1.0, 0.25):
+        parts.append(_line(x(tick), top - 8, x(tick), base, "grid"))
+        parts.append(_text(x(tick), base + 18, percent(tick, 0), "tick mid"))
+    for i, row in enumerate(rows):
+        y = top + step * i + 14
+        parts.append(_text(left - 14, y, clip(row.name, 38), "name end"))
+        parts.append(_text(left - 14, y + 14, clip(row.about, 42), "small muted end"))
+        if row.floor is not None:
+            parts.append(_line(x(row.floor), y - 8, x(row.floor), y + 16, "bound"))
+        if row.control is not None:
+            parts.append(_diamond(x(row.control), y + 4, "c2"))
+        if row.null is not None:
+            parts.append(_ring(x(row.null), y + 4, "c1"))
+        parts.append(_line(x(row.low), y + 4, x(row.high), y + 4, "error c1"))
+        parts.append(_disc(x(row.value), y + 4, "f0" if row.broken else "c1"))
+    told = "; ".join(f"{row.name}, {row.about}: {percent(row.value)}" for row in rows)
+    return _svg("Scores of attacks, with null and control", told + ".", base + 28, parts)
+
+
 def standalone(plot: Markup) -> str:
     """A drawing as an SVG file of its own, with its colours by day and in the dark."""
     style = resources.files("fedkola.evaluation").joinpath("plots.css").read_text("utf-8")
