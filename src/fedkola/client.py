@@ -15,27 +15,30 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from fedkola import wire
 from fedkola.algorithms import rebuild
-from fedkola.errors import DataError, FedKolaError, UnknownCell, UnknownName
+from fedkola.errors import DataError, FedKolaError, GuardMissing, UnknownCell, UnknownName
 from fedkola.knowledge import forget, journal, windows
 from fedkola.knowledge.journal import Place
 from fedkola.knowledge.stream import Records
 from fedkola.privacy import behind
 from fedkola.privacy.behind import Behind
 from fedkola.privacy.member import Member
-from fedkola.training import evaluate, features, fit
+from fedkola.training import evaluate, features, fit, packing, pretraining, whole
 from fedkola.training.model import Foundation, encode
 from fedkola.types import (
     Broadcast,
     Catalogue,
     Client,
+    Course,
     Dataset,
     Penalty,
     Reply,
+    Spec,
     Update,
     Weights,
 )
@@ -82,6 +85,7 @@ class Site:
         self._remembers = remembers
         self._behind = Behind()
         self._member = member
+        self._packed: tuple[Any, tuple[list[list[int]], list[str]]] | None = None
         self._scopes = {label.code: label.scope for label in catalogue.labels}
         store.mkdir(parents=True, exist_ok=True)
 
@@ -211,6 +215,38 @@ class Site:
             )
         return evaluate.classify(foundation, weights, data.questions, labels, scale=scale)
 
+    def pretrain(
+        self,
+        weights: Weights,
+        data: Dataset,
+        course: Course,
+        *,
+        kept: Weights,
+        seed: int,
+        guards: Sequence[Spec] = (),
+    ) -> tuple[Weights, Weights]:
+        """Train the whole model on packed texts; raises GuardMissing for a guard it lacks."""
+        if guards:
+            raise GuardMissing(
+                f"the question asks for {[guard.get('name') for guard in guards]}, which "
+                "pre-training at this site cannot hold; upgrade the site"
+            )
+        return pretraining.advance(
+            self._trainer.foundation,
+            weights,
+            self._sequences(data, course.length, apart=False)[0],
+            course,
+            kept=kept,
+            seed=self._own_seed(seed),
+        )
+
+    def nll(self, weights: Weights, data: Dataset, *, length: int, rows: int) -> Tensor:
+        sequences = self._sequences(data, length, apart=False)[0][:rows]
+        return whole.nll(self._trainer.foundation, weights, sequences)
+
+    def tokens(self, data: Dataset, *, length: int) -> int:
+        return sum(map(len, self._sequences(data, length, apart=False)[0]))
+
     def concerned(self, *requests: forget.Request) -> list[dict[Place, frozenset[str]]]:
         """(round, scope) -> records concerned, request by request; empty where there are none."""
         entries = journal.entries(self.store)
@@ -325,6 +361,18 @@ class Site:
                 behind=self._behind,
                 words=words,
             )
+
+    def _sequences(
+        self, data: Dataset, length: int, *, apart: bool
+    ) -> tuple[list[list[int]], list[str]]:
+        """Packed texts and the unit of each; the last ones are kept, as rounds ask again."""
+        key = (data.texts, data.patients, length, apart)
+        if self._packed is None or self._packed[0] != key:
+            found = packing.pack(
+                self._trainer.foundation, data.texts, data.patients, length=length, apart=apart
+            )
+            self._packed = (key, found)
+        return self._packed[1]
 
     def _accepted(self) -> tuple[forget.Request, ...]:
         return forget.accepted(self.store)

@@ -15,7 +15,7 @@ from fedkola.knowledge import archive
 from fedkola.knowledge.stream import Stream
 from fedkola.ledger import Ledger
 from fedkola.plan import Plan
-from fedkola.training import adapters
+from fedkola.training import adapters, whole
 from fedkola.training.model import Foundation
 from fedkola.types import Algorithm, Clients, Weights
 
@@ -51,8 +51,11 @@ def load_state(federation: Federation, ledger: Ledger) -> tuple[Any, int]:
 
 
 def initial_weights(federation: Federation) -> Weights:
-    """LoRA factors of every layer, and for an encoder a head with a row per reported node."""
+    """LoRA factors of every layer, and for an encoder a head with a row per reported node; every
+    parameter of the base where the algorithm trains the whole model."""
     plan, base = federation.plan, federation.foundation
+    if getattr(federation.algorithm, "whole", False):
+        return whole.parameters(base)
     weights = dict(adapters.weights_template(base, rank=plan.algorithm.rank, seed=plan.run.seed))
     if base.kind == "encoder":
         rows = len(federation.stream.catalogue.nodes(federation.level))

@@ -154,6 +154,41 @@ class Algorithm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pretrain:
+    """Training of the whole model, read by the algorithm "diloco" alone.
+
+    ``inner_steps`` is the mean number of steps between exchanges, ``growth`` above 1 makes them
+    rarer with time; ``length`` counts tokens. ``bound`` is the greatest norm of a delta (0: any),
+    ``bits`` those of one of its coordinates, ``fragments`` the parts that take turns. ``down`` is
+    how weights come back: "float32", "float16" or "change". ``weight`` is "equal" or "tokens",
+    in units of ``share`` tokens. ``measured`` held-out sequences of a site are scored after each
+    round (0: all), and ``prompts`` continued.
+    """
+
+    inner_steps: int = 32
+    growth: float = 1.0
+    batch: int = 8
+    length: int = 128
+    lr: float = 1e-3
+    warmup: int = 20
+    floor: float = 0.1
+    weight_decay: float = 0.1
+    bound: float = 0.0
+    bits: int = 12
+    fragments: int = 1
+    outer: str = "average"
+    outer_lr: float = 0.7
+    outer_momentum: float = 0.5
+    down: str = "float32"
+    feedback: bool = False
+    weight: str = "equal"
+    share: int = 1024
+    precision: str = "float32"
+    measured: int = 32
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Knowledge:
     """The bank of cells. ``half_life`` is in windows (None never ages); ``lora_records`` 0 trains
     on all records, ``lora_steps`` 0 passes once over them; cells of fewer than ``lora_floor``
@@ -236,6 +271,7 @@ class Plan:
     scenario: Scenario = field(default_factory=Scenario)
     cohort: Cohort = field(default_factory=Cohort)
     algorithm: Algorithm = field(default_factory=Algorithm)
+    pretrain: Pretrain = field(default_factory=Pretrain)
     knowledge: Knowledge = field(default_factory=Knowledge)
     privacy: Privacy = field(default_factory=Privacy)
     quality: Quality = field(default_factory=Quality)
@@ -293,6 +329,21 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "algorithm.temperature": (_TINY, _HUGE),
     "algorithm.core": (1, _WORD),
     "algorithm.noise": (0, _HUGE),
+    "pretrain.inner_steps": (1, _WORD),
+    "pretrain.growth": (0.25, 4),
+    "pretrain.batch": (1, _WORD),
+    "pretrain.length": (2, _WORD),
+    "pretrain.lr": (_TINY, _HUGE),
+    "pretrain.warmup": (0, _WORD),
+    "pretrain.floor": (0, 1),
+    "pretrain.weight_decay": (0, _HUGE),
+    "pretrain.bound": (0, _HUGE),
+    "pretrain.bits": (2, 24),
+    "pretrain.fragments": (1, _WORD),
+    "pretrain.outer_lr": (_TINY, _HUGE),
+    "pretrain.outer_momentum": (0, 1),
+    "pretrain.share": (1, _WORD),
+    "pretrain.measured": (0, _WORD),
     "knowledge.features": (1, _WORD),
     "knowledge.bits": (1, 12),
     "knowledge.lam": (_TINY, _HUGE),
@@ -326,6 +377,10 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 }
 _AVAILABILITY = ("full", "bernoulli", "markov", "diurnal")
 _POOLINGS = ("mean", "last")
+_OUTER = ("average", "nesterov", "primal", "tune")
+_DOWN = ("float32", "float16", "change")
+_WEIGHTS = ("equal", "tokens")
+_PRECISIONS = ("float32", "bfloat16")
 _PERIODS = ("year", "quarter")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ROUNDS = re.compile(r"all|first|middle|last|(every:)?[1-9]\d{0,8}")
@@ -609,6 +664,10 @@ def _check(plan: Plan) -> None:
     for key, given, known in (
         ("model.pooling", plan.model.pooling, _POOLINGS),
         ("task.period", plan.task.period, _PERIODS),
+        ("pretrain.outer", plan.pretrain.outer, _OUTER),
+        ("pretrain.down", plan.pretrain.down, _DOWN),
+        ("pretrain.weight", plan.pretrain.weight, _WEIGHTS),
+        ("pretrain.precision", plan.pretrain.precision, _PRECISIONS),
         ("scenario.availability", plan.scenario.availability, _AVAILABILITY),
     ):
         if given not in known:

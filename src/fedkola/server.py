@@ -195,7 +195,10 @@ def load_base(plan: Plan) -> Foundation:
     """The frozen model that the plan names, embedding as it says."""
     m = plan.model
     return model.load(
-        m.name, max_tokens=m.max_tokens, pooling="last" if m.pooling == "last" else "mean"
+        m.name,
+        max_tokens=m.max_tokens,
+        pooling="last" if m.pooling == "last" else "mean",
+        whole=getattr(ALGORITHMS[plan.algorithm.name], "whole", False),
     )
 
 

@@ -118,6 +118,29 @@ class Penalty:
     apart: Weights = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """How a site pre-trains between two exchanges: ``steps`` batches of ``batch`` sequences of
+    ``length`` tokens, from step ``start`` of ``total`` on.
+
+    The rate rises to ``lr`` over ``warmup`` steps and falls along a cosine to ``floor`` times it;
+    ``rewarm`` more steps of rise follow an absence. ``clip`` bounds the norm of a gradient.
+    """
+
+    steps: int
+    start: int
+    total: int
+    batch: int
+    length: int
+    lr: float
+    warmup: int = 0
+    rewarm: int = 0
+    floor: float = 0.1
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    precision: str = "float32"
+
+
 # --- what travels ---------------------------------------------------------------------------------
 
 
@@ -322,6 +345,32 @@ class Client(Protocol):
         self, weights: Weights, data: Dataset, *, classes: Sequence[str] = ()
     ) -> Mapping[str, float]:
         """Additive metrics under ``weights``: loss, correct, count."""
+        ...
+
+    def pretrain(
+        self,
+        weights: Weights,
+        data: Dataset,
+        course: Course,
+        *,
+        kept: Weights,
+        seed: int,
+        guards: Sequence[Spec] = (),
+    ) -> tuple[Weights, Weights]:
+        """Train the whole model on packed texts: its weights, and what to keep for the next time.
+
+        ``kept`` is what an earlier call returned ({}: nothing yet). ``guards`` are those of the
+        question; one that this site does not have is refused.
+        """
+        ...
+
+    def nll(self, weights: Weights, data: Dataset, *, length: int, rows: int) -> Tensor:
+        """(n, 2) float64 of the whole model ``weights``: nats and tokens of the first ``rows``
+        sequences of ``data``."""
+        ...
+
+    def tokens(self, data: Dataset, *, length: int) -> int:
+        """Tokens of the packed texts of ``data``."""
         ...
 
 

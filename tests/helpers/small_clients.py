@@ -19,6 +19,7 @@ from fedkola.types import (
     Catalogue,
     Clients,
     Cohort,
+    Course,
     Dataset,
     Reply,
     Tally,
@@ -45,6 +46,11 @@ class TableClient:
     grammed: Callable[["TableClient", Dataset, Weights], Weights] | None = None
     judged: Callable[["TableClient", Dataset, Weights], float] | None = None
     squares: Mapping[str, Tensor] = field(default_factory=dict)
+    courses: list[Course] = field(default_factory=list)
+
+    @property
+    def held_out(self) -> Dataset:
+        return self.data
 
     @property
     def knowledge(self) -> Records:
@@ -73,6 +79,22 @@ class TableClient:
     ) -> Mapping[str, float]:
         loss = self.judged(self, data, weights) if self.judged else 0.0
         return {"loss": loss * len(data), "count": float(len(data))}
+
+    def pretrain(
+        self, weights: Weights, data: Dataset, course: Course, *, kept: Weights, **_: object
+    ) -> tuple[Weights, Weights]:
+        assert self.trained is not None
+        self.courses.append(course)
+        return self.trained(self, weights), {"cursor": torch.tensor(course.start + course.steps)}
+
+    def nll(self, weights: Weights, data: Dataset, *, length: int, rows: int) -> Tensor:
+        """Four sequences of ten tokens, judged as ``evaluate`` does."""
+        assert self.judged is not None
+        loss = self.judged(self, data, weights)
+        return torch.tensor([[10 * loss, 10.0]] * 4, dtype=torch.float64)
+
+    def tokens(self, data: Dataset, *, length: int) -> int:
+        return 40_940 * len(data)
 
     def answer(self, message: bytes) -> bytes:
         asked = wire.unpack_broadcast(message)

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from fedkola import plan as plans
 from fedkola import server, wire
+from fedkola.algorithms import ALGORITHMS
 from fedkola.federation import Federation
 from fedkola.knowledge.stream import Stream
 from fedkola.ledger import Ledger
@@ -53,14 +54,17 @@ SETTINGS = (
     "knowledge.slots_max=8",
     "knowledge.lora_steps=2",
     "knowledge.public_reference=true",
+    "pretrain.length=16",
+    "pretrain.inner_steps=3",
+    "pretrain.batch=4",
 )
 Answer = Callable[[bytes], bytes]
 Data = Mapping[str, Dataset]
 
 
 @cache
-def foundation() -> Foundation:
-    """Two layers of width 16 with seeded random weights."""
+def foundation(*, whole: bool = False) -> Foundation:
+    """Two layers of width 16 with seeded random weights; ``whole`` has a head for hidden words."""
     with (
         tempfile.TemporaryDirectory() as name,
         torch.random.fork_rng(),
@@ -76,9 +80,9 @@ def foundation() -> Foundation:
             max_position_embeddings=32,
             initializer_range=0.5,
         )
-        BertModel(config).save_pretrained(name)
+        (BertForMaskedLM if whole else BertModel)(config).save_pretrained(name)
         (Path(name) / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
-        return replace(model.load(name, max_tokens=16), name="small")
+        return replace(model.load(name, max_tokens=16, whole=whole), name="small")
 
 
 def catalogue(**ends: tuple[float, tuple[str, ...]]) -> Catalogue:
@@ -180,7 +184,9 @@ def assemble(
         test=records("test"),
         windows=tuple(f"w{i}" for i in range(1, rounds + 1)),
     )
-    whole = server.assemble(plan(*settings), stream, folder, foundation=foundation())
+    chosen = plan(*settings)
+    base = foundation(whole=getattr(ALGORITHMS.get(chosen.algorithm.name), "whole", False))
+    whole = server.assemble(chosen, stream, folder, foundation=base)
     if not wrap:
         return whole
     answers = {

@@ -5,6 +5,7 @@ from typing import Any
 
 from fedkola.algorithms.adapted import Adapted
 from fedkola.algorithms.afcl import AFCL
+from fedkola.algorithms.diloco import DiLoCo
 from fedkola.algorithms.disco import DISCO
 from fedkola.algorithms.ewc import EWC
 from fedkola.algorithms.fed_sb import FedSB
@@ -49,6 +50,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "hpfl": HPFL,
     "feddrift": FedDrift,
     "oracle": Oracle,
+    "diloco": DiLoCo,
 }
 
 

@@ -37,7 +37,8 @@ class Local:
     """How one site trains. ``clip`` bounds the norm of a gradient (0: not at all).
 
     The rate rises over ``warmup`` steps and falls along a cosine to ``floor`` times ``lr`` at step
-    ``total`` (0: it stays). ``start`` is the number of steps done before. Only matrices decay.
+    ``total`` (0: it stays). ``start`` is the number of steps done before; the first ``rewarm`` of
+    those that follow rise once more. Only matrices decay.
     ``precision`` "bfloat16" computes products in bfloat16 and keeps weights in float32.
     """
 
@@ -50,11 +51,14 @@ class Local:
     total: int = 0
     floor: float = 0.1
     start: int = 0
+    rewarm: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0 over the whole run."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.rewarm:
+            rise *= min(1.0, (step - self.start + 1) / self.rewarm)
         if not self.total:
             return self.lr * rise
         done = min(step / self.total, 1.0)
