@@ -231,13 +231,19 @@ class Site:
                 f"the question asks for {[guard.get('name') for guard in guards]}, which "
                 "pre-training at this site cannot hold; upgrade the site"
             )
+        sequences = self._sequences(data, course.length, apart=False)[0]
+        own = self._own_seed(seed)
+        batches = pretraining.drawn(sequences, course, kept=kept, seed=own)
+        self._behind = self._behind.and_then(
+            Behind(
+                kind="whole",
+                sequences=tuple(tuple(row) for batch in batches for row in batch),
+                steps=course.steps,
+                adaptive=True,
+            )
+        )
         return pretraining.advance(
-            self._trainer.foundation,
-            weights,
-            self._sequences(data, course.length, apart=False)[0],
-            course,
-            kept=kept,
-            seed=self._own_seed(seed),
+            self._trainer.foundation, weights, batches, course, kept=kept, seed=own
         )
 
     def nll(self, weights: Weights, data: Dataset, *, length: int, rows: int) -> Tensor:

@@ -128,7 +128,8 @@ def digits(counts: Tensor, num: int) -> Tensor:
 def undigits(summed: Tensor, num: int) -> Tensor:
     """Summed counts (int64) from sums of digits."""
     place = torch.arange(summed.shape[-1]) * _digit(num)
-    return torch.bitwise_left_shift(summed.long(), place).sum(dim=-1)
+    found: Tensor = torch.bitwise_left_shift(summed.long(), place).sum(dim=-1)
+    return found
 
 
 def clipped(counts: Mapping[str, Tensor]) -> dict[str, float]:

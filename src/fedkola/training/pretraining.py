@@ -22,25 +22,34 @@ CURSOR = "cursor"
 FOLDER = "pretrain"
 
 
+def drawn(
+    sequences: Sequence[Sequence[int]], course: Course, *, kept: Weights, seed: int
+) -> list[list[Sequence[int]]]:
+    """The batches of a course, from where ``kept`` says that the site stopped reading.
+
+    Raises DataError for a site without a sequence.
+    """
+    rows = packing.batches(
+        len(sequences), size=course.batch, start=_cursor(kept), steps=course.steps, seed=seed
+    )
+    return [[sequences[row] for row in batch] for batch in rows]
+
+
 def advance(
     foundation: Foundation,
     weights: Weights,
-    sequences: Sequence[Sequence[int]],
+    batches: Sequence[Sequence[Sequence[int]]],
     course: Course,
     *,
     kept: Weights,
     seed: int,
     gradient: whole.Gradient | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """``course.steps`` steps from ``kept`` on: the weights, and what to keep for the next time.
+    """A step for each batch from ``kept`` on: the weights, and what to keep for the next time.
 
-    ``gradient`` takes the place of that of the mean loss, as for ``whole.train``. Raises DataError
-    for a site without a sequence.
+    ``gradient`` takes the place of that of the mean loss, as for ``whole.train``.
     """
-    cursor = int(kept[CURSOR]) if CURSOR in kept else 0
-    rows = packing.batches(
-        len(sequences), size=course.batch, start=cursor, steps=course.steps, seed=seed
-    )
+    cursor = _cursor(kept)
     local = Local(
         lr=course.lr,
         weight_decay=course.weight_decay,
@@ -56,13 +65,13 @@ def advance(
     trained, moments, _ = whole.train(
         foundation,
         weights,
-        ([sequences[row] for row in batch] for batch in rows),
+        batches,
         local,
         moments,
         seed=seed + cursor,
         gradient=gradient,
     )
-    return trained, {**moments, CURSOR: torch.tensor(cursor + course.steps)}
+    return trained, {**moments, CURSOR: torch.tensor(cursor + len(batches))}
 
 
 def remembered(store: Path, *, before: int) -> tuple[dict[str, Tensor], int]:
@@ -86,6 +95,10 @@ def remember(store: Path, number: int, kept: Weights) -> None:
 
 
 # --- private --------------------------------------------------------------------------------------
+
+
+def _cursor(kept: Weights) -> int:
+    return int(kept[CURSOR]) if CURSOR in kept else 0
 
 
 def _path(store: Path, number: int) -> Path:
