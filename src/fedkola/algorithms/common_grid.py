@@ -122,7 +122,8 @@ def digits(counts: Tensor, num: int) -> Tensor:
     dimension, the lowest digit first."""
     width = _digit(num)
     place = torch.arange(-(-COUNTED // width)) * width
-    return (counts[..., None] >> place) & (2**width - 1)
+    mask = (1 << width) - 1
+    return torch.bitwise_right_shift(counts[..., None], place).bitwise_and(mask)
 
 
 def undigits(summed: Tensor, num: int) -> Tensor:
