@@ -1,19 +1,21 @@
 """A1, the span attack: token by token, which sequences lie in the span of the gradients.
 
 Petrov et al., "DAGER: Exact gradient inversion for large language models" (NeurIPS 2024). With
-R_l the span of what layer l read (spans.py) and f_l(s, p) what it would read at place p of s:
+R_0 the span of what the first attention read, R_1, R_2, ... those of the first MLP, the second
+attention and so on (spans.py), and f_l(s, p) what is read there at place p of s:
 
-    1. tokens    v with f_1(v, p) in R_1, for every place p if the model has learned positions
-    2. decoders  grow prefixes s by every v left, and keep s + v while f_2(s + v, |s|) is in R_2
-       encoders  fill all places of a length at once so that f_2(s, .) is in R_2 everywhere
+    1. tokens    v with f_0(v, p) in R_0, for every place p if the model has learned positions
+    2. decoders  grow prefixes s by every v left, and keep s + v while f_1(s + v, |s|) is in R_1
+       encoders  fill all places of a length at once so that f_1(s, .) is in R_1 everywhere
     3. the last token of a decoder's sequence is read by nobody and only predicted: it is the one
        for which the gradient of the last norm, linear in it, points where the seen one does
 
 "In the span" is an outlier of five robust standard deviations of the log residual among tokens that
 cannot all be there; it needs no threshold, and holds for noisy changes as for clean ones, where
-residuals fall from 0.5 to 1e-6. Beyond the paper: weighted directions under noise, the means of
-several layers, rotary positions and grouped heads, missing layers, the last token. It needs fewer
-tokens in the update than the model is wide.
+residuals fall from 0.5 to 1e-6. Beyond the paper: the MLP, whose errors no attention averages, so
+that its span is sharp where that of the second attention is lost in float32; evened rows, weighted
+directions under noise, means over several layers, rotary positions and grouped heads, missing
+layers, the last token. It needs fewer tokens in the update than the model is wide.
 """
 
 import math
@@ -34,11 +36,12 @@ from fedkola.audit.trial import Recovery
 from fedkola.errors import DataError
 from fedkola.training.model import Foundation
 
-_RANKED = 10
+_RANKED = 12
 _CHUNK = 8192
 _STRANGERS = 64
 _FLOOR = 1e-6
 _DECADE = math.log(10)
+_NEAR = math.log(100)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +79,7 @@ class Dager:
         )
 
     def recover(self, foundation: Foundation, sighting: Sighting) -> Recovery:
-        """The sequences behind one change, likeliest first, and the tokens found in layer 1."""
+        """The sequences behind one change, likeliest first, and the tokens found."""
         model = layers.at(foundation, sighting.before)
         layers.require_change(model, sighting.change)
         read = [
@@ -86,14 +89,14 @@ class Dager:
         ][:_RANKED]
         if not read:
             raise DataError(
-                "the change holds no query, key or value projection: this exchange left all "
-                "attention layers out; attack one that carries them"
+                "the change holds no attention and no MLP of any block: this exchange left all of "
+                "them out; attack one that carries them"
             )
         found = spans([change for _, change in read])
         at = [(projection, span) for (projection, _), span in zip(read, found, strict=True)]
         search = _Search(
             model=model,
-            first=at[0] if at[0][0].layer == 0 else None,
+            first=at[0] if at[0][0].depth == 0 else None,
             deeper=self._deeper(at),
             length=layers.longest(foundation),
             attack=self,
@@ -106,11 +109,11 @@ class Dager:
         else:
             kept = _distinct(search.filled(candidates, _separator(foundation)), count)
         bag = sorted({int(t) for row in candidates for t in row})
-        return Recovery(sequences=kept, bag=tuple(bag) if at[0][0].layer == 0 else ())
+        return Recovery(sequences=kept, bag=tuple(bag) if at[0][0].depth == 0 else ())
 
     def _deeper(self, at: Sequence[tuple[Projection, Span]]) -> tuple[tuple[Projection, Span], ...]:
         """The layers residuals are averaged over; one is enough where spans are sharp."""
-        later = tuple(pair for pair in at if pair[0].layer > 0)
+        later = tuple(pair for pair in at if pair[0].depth > 0)
         return later[:1] if all(span.sharp for _, span in later) else later[: self.depth]
 
 
@@ -154,14 +157,7 @@ class _Search:
         level = _log(residual)
         order = level.argsort()
         least = order[_outlying(level, self.attack.outlier)[order]]
-        return least[: self._cut(level[least])]
-
-    def _cut(self, ordered: Tensor) -> int:
-        """How many of these ascending log residuals stand before a gap of a decade, if one is."""
-        gaps = ordered.diff()
-        if not len(gaps) or float(gaps.max()) < _DECADE:
-            return len(ordered)
-        return int(gaps.argmax()) + 1
+        return least[: _cut(level[least])]
 
     # --- decoders: prefixes --------------------------------------------------------------------
 
@@ -185,7 +181,7 @@ class _Search:
             ]
             if not kept:
                 return ended
-            best = kept[: self.attack.beam]
+            best = sorted(kept, key=lambda item: item[2])[: self.attack.beam]
             prefixes = torch.stack(
                 [torch.cat([prefixes[row], torch.tensor([token])]) for row, token, _ in best]
             )
@@ -203,18 +199,18 @@ class _Search:
             return []
         columns = torch.cat([here, self._strangers(here)]).expand(len(prefixes), -1)
         level = self._levels(prefixes, columns)
-        hits = []
+        hits: list[tuple[float, int, int]] = []
         for row in range(len(prefixes)):
             outlying = _outlying(level[row], self.attack.outlier)[: len(here)]
-            near = level[row, : len(here)] < (float(levels[row]) / place + 5.0 if place else 0.0)
+            near = level[row, : len(here)] < (float(levels[row]) / place + _NEAR if place else 0.0)
             hits += [
-                (row, int(here[i]), float(levels[row] + level[row, i]))
+                (float(level[row, i]), row, int(here[i]))
                 for i in (outlying & near).nonzero()[:, 0].tolist()
                 if not _repeats(prefixes[row], here[i])
             ]
-        hits.sort(key=lambda item: item[2])
-        sums = torch.tensor([level for _, _, level in hits], dtype=torch.float64)
-        return hits[: self._cut(sums / (place + 1))]
+        hits.sort()
+        kept = hits[: _cut(torch.tensor([step for step, _, _ in hits]))]
+        return [(row, token, float(levels[row]) + step) for step, row, token in kept]
 
     def _levels(self, prefixes: Tensor, columns: Tensor) -> Tensor:
         """Mean log residual over the deeper layers, (prefixes, columns)."""
@@ -308,6 +304,14 @@ def _distinct(found: list[tuple[float, tuple[int, ...]]], count: int | None) -> 
         if all(overlap(row, other) < 0.7 * len(row) for other in kept):
             kept.append(row)
     return tuple(kept)
+
+
+def _cut(ordered: Tensor) -> int:
+    """How many of these ascending log residuals stand before a gap of a decade, if one is there."""
+    gaps = ordered.diff()
+    if not len(gaps) or float(gaps.max()) < _DECADE:
+        return len(ordered)
+    return int(gaps.argmax()) + 1
 
 
 def _repeats(prefix: Tensor, token: Tensor) -> bool:

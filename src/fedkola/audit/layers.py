@@ -1,4 +1,4 @@
-"""What the attention projections of a transformer read, layer by layer, for any tokens we like.
+"""What the linear layers of a transformer read, one after the other, for any tokens we like.
 
 The gradient of a projection is the sum over tokens of error times input, so its row space is
 spanned by what the projection read. An attacker who knows the weights computes the same inputs for
@@ -21,22 +21,28 @@ from fedkola.errors import Incompatible, ModelMismatch, NotFinite
 from fedkola.training.model import Foundation
 from fedkola.types import Weights
 
-_PROJECTION = re.compile(
+_ATTENTION = re.compile(
     r"(?:^|\.)(\d+)\..*?\b"
     r"(q_proj|k_proj|v_proj|query|key|value|q_lin|k_lin|v_lin|c_attn|query_key_value|qkv_proj)$"
+)
+_WIDENING = re.compile(
+    r"(?:^|\.)(\d+)\..*?\b"
+    r"(c_fc|gate_proj|up_proj|fc1|fc_in|lin1|dense_h_to_4h|gate_up_proj|intermediate\.dense)$"
 )
 _MOST_POSITIONS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Projection:
-    """The projections of one attention layer: modules that read the same input.
+    """Linear layers of one block that read the same input: query, key and value, or the first of
+    its MLP.
 
-    ``weights`` are their names in a state, ``across`` whether these are stored (d_in, d_out) as
-    GPT-2's Conv1D does, ``first`` the module where the input is read.
+    ``depth`` is twice the block's number, plus one for the MLP: what is read at 0 depends on one
+    token alone. ``weights`` are names in a state, ``across`` whether these are stored (d_in, d_out)
+    as GPT-2's Conv1D does, ``first`` is the module where the input is read.
     """
 
-    layer: int
+    depth: int
     weights: tuple[str, ...]
     across: bool
     first: str
@@ -124,31 +130,38 @@ def positions_name(model: nn.Module) -> str | None:
 
 
 def projections(model: nn.Module) -> tuple[Projection, ...]:
-    """Query, key and value of every attention layer, in order; Incompatible if none is found."""
+    """Attention and MLP of every block, in the order they are read; Incompatible if none is found.
+
+    An MLP that reads what its attention reads, as in parallel blocks, is left out.
+    """
     found: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        match = _PROJECTION.search(name)
         weight = getattr(module, "weight", None)
-        if match and isinstance(weight, Tensor) and weight.ndim == 2:
-            found.setdefault(int(match[1]), []).append(name)
-    if not found:
+        if isinstance(weight, Tensor) and weight.ndim == 2:
+            for extra, pattern in enumerate((_ATTENTION, _WIDENING)):
+                match = pattern.search(name)
+                if match:
+                    found.setdefault(2 * int(match[1]) + extra, []).append(name)
+    if 0 not in found:
         raise Incompatible(
             f"no query, key or value projection was found in a {type(model).__name__}; expected "
             "layers named as in GPT-2, Llama, BERT or ViT"
         )
-    return tuple(
+    every = tuple(
         Projection(
-            layer=layer,
+            depth=depth,
             weights=tuple(f"{name}.weight" for name in names),
             across=type(model.get_submodule(names[0])).__name__ == "Conv1D",
             first=names[0],
         )
-        for layer, names in sorted(found.items())
+        for depth, names in sorted(found.items())
     )
+    parallel = 1 in found and not _looks_back(model, every[1])
+    return tuple(p for p in every if p.depth % 2 == 0) if parallel else every
 
 
 def stacked(projection: Projection, change: Weights) -> Tensor | None:
-    """The change of one layer's projections, (outputs, d) in float64; none if it is not whole."""
+    """The change of these projections, (outputs, d) in float64; none if it is not whole."""
     parts = [change.get(name) for name in projection.weights]
     if any(part is None for part in parts):
         return None
@@ -260,6 +273,12 @@ def _stopping(model: nn.Module, projection: Projection) -> Iterator[list[Tensor]
         pass
     finally:
         hook.remove()
+
+
+def _looks_back(model: nn.Module, projection: Projection) -> bool:
+    """Whether what is read at a token depends on the others."""
+    one, other = (inputs(model, projection, torch.tensor([row])) for row in ((1, 1), (2, 1)))
+    return not torch.allclose(one[0, 1], other[0, 1], rtol=1e-6, atol=1e-9)
 
 
 def _head(model: nn.Module) -> Any:

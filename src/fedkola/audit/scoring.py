@@ -24,17 +24,15 @@ METRICS = (
 )
 
 
-def scores(
-    got: Sequences, truth: Sequences, *, bag: Sequence[int] | None = None
-) -> dict[str, float]:
+def scores(got: Sequences, truth: Sequences, *, bag: Sequence[int] = ()) -> dict[str, float]:
     """One update's METRICS. ``got`` are hypotheses, best first: no more than there are truths
     count, so that an attack gains nothing by guessing often.
 
-    ``bag`` are the tokens the attack claims were used, where it claims more or other than its
-    sequences hold; recall and precision are of distinct tokens. An empty truth scores 0.
+    ``bag`` are tokens the attack claims were used beside those of its sequences; recall and
+    precision are of distinct tokens. An empty truth scores 0.
     """
     kept = got[: len(truth)]
-    claimed = set(bag) if bag is not None else {token for row in kept for token in row}
+    claimed = set(bag) | {token for row in kept for token in row}
     used = {token for row in truth for token in row}
     pairs = _matched(kept, truth)
     total = sum(map(len, truth))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedkola.errors import DataError
 
-CLEAN = 1e-6
+CLEAN = 2e-7
 _CLIFF = 30.0
 
 
@@ -47,49 +47,47 @@ class Span:
 def spans(changes: Sequence[Tensor]) -> tuple[Span, ...]:
     """One span for each change (outputs, d) of a layer.
 
-    All share the greatest rank found: the last directions of single layers are lost first. Where
-    no cliff is in a spectrum its directions are weighted. Raises DataError for a change of zeros.
+    A sum of products in float32 errs in proportion to itself, so rows are first brought to one
+    size: query and key rows, far smaller than value rows, know the directions these blur. Where
+    that shows no end of the spectrum, rows stay as they are and directions get weights. All layers
+    share the greatest rank found: the last directions of single layers are lost first. Raises
+    DataError for a change of zeros.
     """
-    parts = []
-    for change in changes:
-        _, values, rows = torch.linalg.svd(change, full_matrices=False)
-        if not float(values[0]) > 0:
-            raise DataError(
-                "the change of an attention layer is zero: nothing was trained there; attack a "
-                "round in which this layer took part"
-            )
-        parts.append((change.shape, values, rows))
-    ranks = [cliff(values) for _, values, _ in parts]
-    known = [rank for rank in ranks if rank is not None]
-    shared = max(known) if len(known) == len(ranks) else None
+    if any(not bool((change != 0).any()) for change in changes):
+        raise DataError(
+            "the change of a layer is zero: nothing was trained there; attack a round in which it "
+            "took part"
+        )
+    even = [_spectrum(_even(change)) for change in changes]
+    ranks = [rank for values, _ in even if (rank := end(values)) is not None]
+    if len(ranks) == len(even):
+        return tuple(_sharp(max(ranks), values, rows) for values, rows in even)
     found = []
-    for shape, values, rows in parts:
-        if shared is not None:
-            weights = torch.zeros_like(values)
-            weights[:shared] = 1.0
-        else:
-            weights = values**2 / (values**2 + noise_edge(shape[0], shape[1], values) ** 2)
-        found.append(Span(directions=rows.T.contiguous(), weights=weights))
+    for change in changes:
+        values, rows = _spectrum(change)
+        rank = cliff(values)
+        found.append(
+            _soft(noise_edge(change.shape[0], change.shape[1], values), values, rows)
+            if rank is None
+            else _sharp(rank, values, rows)
+        )
     return tuple(found)
 
 
-def cliff(values: Tensor) -> int | None:
-    """How many singular values stand before the end of the spectrum; None where none is seen.
+def end(values: Tensor) -> int | None:
+    """How many singular values lie above float32's own noise; None if all do."""
+    count = int((values > CLEAN * values[0]).sum())
+    return count if count < len(values) else None
 
-    Values below 1e-6 of the first are float32's own noise. A cliff higher up, of a factor 30
-    between neighbours, is where several small steps end; those after it are their drift, and 0.08 d
-    more directions are kept for it.
-    """
+
+def cliff(values: Tensor) -> int | None:
+    """Where a full spectrum falls by a factor of 30 between neighbours, as several small steps make
+    it, whose drift follows: for it 0.08 d more directions are kept. None where no cliff is seen."""
     d = len(values)
     most = d - max(2, round(d / 38))
-    count = int((values > CLEAN * values[0]).sum())
-    if count <= most:
-        return count
-    steps = values[:-1] / values[1:].clamp_min(CLEAN * float(values[0]))
+    steps = values[:-1] / values[1:].clamp_min(1e-300)
     place = int(steps[:most].argmax())
-    if float(steps[place]) < _CLIFF:
-        return None
-    return min(most, place + 1 + round(0.08 * d))
+    return min(most, place + 1 + round(0.08 * d)) if float(steps[place]) >= _CLIFF else None
 
 
 def noise_edge(outputs: int, width: int, values: Tensor) -> float:
@@ -107,3 +105,23 @@ def _reference(outputs: int, width: int) -> Tensor:
     matrix = torch.randn(outputs, width, generator=generator, dtype=torch.float64)
     values: Tensor = torch.linalg.svd(matrix, full_matrices=False)[1]
     return values
+
+
+def _even(change: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(change, dim=1, keepdim=True)
+    return torch.where(size > 0, change / size.clamp_min(1e-300), change)
+
+
+def _spectrum(change: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values and right singular vectors (as rows)."""
+    _, values, rows = torch.linalg.svd(change, full_matrices=False)
+    return values, rows
+
+
+def _sharp(rank: int, values: Tensor, rows: Tensor) -> Span:
+    weights = (torch.arange(len(values)) < rank).to(values.dtype)
+    return Span(directions=rows.T.contiguous(), weights=weights)
+
+
+def _soft(edge: float, values: Tensor, rows: Tensor) -> Span:
+    return Span(directions=rows.T.contiguous(), weights=values**2 / (values**2 + edge**2))

@@ -35,7 +35,7 @@ _EXAMPLES = 3
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
     """What an attack claims of one update: sequences, likeliest first, and tokens that were used
-    (empty: those of the sequences)."""
+    beside theirs."""
 
     sequences: Sequences
     bag: tuple[int, ...] = ()
@@ -92,7 +92,7 @@ def tried(
 
 
 def scored(got: Recovery, truth: Sequences) -> dict[str, float]:
-    return scoring.scores(got.sequences, truth, bag=got.bag or None)
+    return scoring.scores(got.sequences, truth, bag=got.bag)
 
 
 def measured(

@@ -130,7 +130,7 @@ def broken_names(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedkola.audit import layers
 
     def wrong(projection: layers.Projection, change: dict[str, torch.Tensor]) -> torch.Tensor:
-        return change[f"transformer.h.{projection.layer}.attn.c_proj.weight"].double().T
+        return change[f"transformer.h.{projection.depth // 2}.attn.c_proj.weight"].double().T
 
     monkeypatch.setattr(layers, "stacked", wrong)
 
@@ -143,7 +143,7 @@ def shuffled_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         scoring,
         "scores",
-        lambda got, truth, bag=None: right(got, tuple(row[::-1] for row in truth), bag=bag),
+        lambda got, truth, bag: right(got, tuple(row[::-1] for row in truth), bag=bag),
     )
 
 
@@ -180,10 +180,10 @@ def test_a_change_that_is_not_finite_is_refused(gpt: Foundation) -> None:
         Dager().recover(gpt, replace(sighting, change=change))
 
 
-def test_a_change_without_attention_cannot_be_tried(gpt: Foundation) -> None:
+def test_a_change_without_blocks_cannot_be_tried(gpt: Foundation) -> None:
     sighting = one_gradient(gpt, rows(gpt, NOTES[:1]))
-    change = {n: v for n, v in sighting.change.items() if "attn" not in n}
-    with pytest.raises(DataError, match="no query, key or value projection"):
+    change = {n: v for n, v in sighting.change.items() if "attn" not in n and "mlp" not in n}
+    with pytest.raises(DataError, match="no attention and no MLP"):
         Dager().recover(gpt, replace(sighting, change=change))
 
 
