@@ -244,7 +244,7 @@ def _scored(net: Net, inputs: Tensor) -> NDArray[np.float64]:
 def _attacked(
     bench: _Bench, seen: Sighting, truth: Truth, fair: Sequence[Sighting]
 ) -> dict[str, Measure]:
-    net, blind, made = _taught(bench, seen, shadow.recipe(seen), seen.sites)
+    net, blind, made = _taught(bench, seen, _recipe(seen, truth), seen.sites)
     scores = _scored(net, described(seen.before, seen.change, bench.table))
     prior = _scored(blind, _prior(bench, seen.before))
     own = truth[(seen.round, seen.who)]
@@ -339,7 +339,7 @@ def _control(bench: _Bench, seen: Sighting, truth: Truth) -> float:
 
     Records are taken until half of the rows are used, so that there are rows to tell apart.
     """
-    how = shadow.recipe(seen).open()
+    how = _recipe(seen, truth).open()
     records: list[Ids] = []
     for record in truth[(seen.round, seen.who)]:
         if _present([*records, record], bench.rows).mean() > 0.5 and records:
@@ -353,6 +353,12 @@ def _control(bench: _Bench, seen: Sighting, truth: Truth) -> float:
     there = _present(made.used, bench.rows)
     scores = _scored(net, described(seen.before, made.change, bench.table))
     return auc(scores[there].tolist(), scores[~there].tolist())
+
+
+def _recipe(seen: Sighting, truth: Truth) -> Recipe:
+    """How many records a site holds is taken to be public."""
+    distinct = len(set(truth[(seen.round, seen.who)]))
+    return shadow.recipe(seen, held=max(1, distinct // max(seen.sites, 1)))
 
 
 def _fair(bench: _Bench, records: Sequences) -> bool:

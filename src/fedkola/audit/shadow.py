@@ -5,20 +5,23 @@ weights it began from, steps, batch, optimiser, clipping and the level of the no
 as many changes with known records as it likes, and learn from them what records do to a change.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from fedkola.audit.evidence import Known, Sequences, Sighting
 from fedkola.errors import DataError
+from fedkola.privacy.accounting import Limit, noise_for
 from fedkola.privacy.clip import factor, norm
 from fedkola.training import whole
 from fedkola.training.model import Foundation, encode
 from fedkola.training.per_unit import clipped_sum
 from fedkola.training.whole import Ids, Local
-from fedkola.types import Scalar, Weights
+from fedkola.types import Scalar, Spec, Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,12 +56,14 @@ class Shadow:
     used: Sequences
 
 
-def recipe(sighting: Sighting) -> Recipe:
+def recipe(sighting: Sighting, *, held: int = 0) -> Recipe:
     """What the protocol of a sighting says of local training.
 
-    Read are ``inner_steps``, ``batch`` and ``lr`` (required), fields of ``Local``, and the noise of
-    the guard ``record_dp`` as ``sigma``, ``clip`` and ``units``. Tensors without a change are
-    frozen. Raises DataError for a protocol that does not train so.
+    Read are ``inner_steps``, ``batch`` and ``lr`` (required), ``rounds``, fields of ``Local``, and
+    the guard ``record_dp``: ``clip``, ``units`` and either ``sigma`` or what it follows from
+    (``unit``, ``epsilon``, ``delta``, ``steps``). ``held`` is how many units a site holds, where
+    the guard declares none. Tensors without a change are frozen. Raises DataError for a protocol
+    that does not train so.
     """
     spec = sighting.protocol
     absent = [name for name in ("inner_steps", "batch", "lr") if not _number(spec.get(name))]
@@ -67,18 +72,25 @@ def recipe(sighting: Sighting) -> Recipe:
             f"the protocol {spec.get('name')!r} of round {sighting.round} has no {absent}; shadow "
             "exchanges need inner_steps, batch and lr, as of diloco"
         )
-    steps = int(_number(spec["inner_steps"]))
-    known = {f.name for f in fields(Local)} - {"start", "betas"}
-    chosen = {name: value for name, value in spec.items() if name in known and value is not None}
-    local = replace(Local(), start=max(sighting.round - 1, 0) * steps, **chosen)  # type: ignore[arg-type]
-    sigma = _number(spec.get("sigma"))
+    steps, batch = int(_number(spec["inner_steps"])), int(_number(spec["batch"]))
+    # A guard's clip is that of records; without one gradients are cut as Local says.
+    known = {f.name for f in fields(Local)} - {"start", "betas", "clip", "total"}
+    chosen: dict[str, Any] = {name: value for name, value in spec.items() if name in known}
+    local = replace(
+        Local(),
+        start=max(sighting.round - 1, 0) * steps,
+        total=int(_number(spec.get("rounds"))) * steps,
+        **chosen,
+    )
+    units = int(_number(spec.get("units"))) or held
+    sigma = _sigma(spec, batch, units)
     return Recipe(
         steps=steps,
-        batch=int(_number(spec["batch"])),
+        batch=batch,
         local=local,
         sigma=sigma,
         bound=(_number(spec.get("clip")) or 1.0) if sigma else 1.0,
-        units=int(_number(spec.get("units"))),
+        units=units,
         warm=sighting.round > 1 and local.optimiser == "adamw",
         frozen=frozenset(still(sighting.before, sighting.change)),
     )
@@ -197,6 +209,24 @@ def _batches(how: Recipe, pool: Sequence[Ids], generator: Generator) -> list[lis
     while len(order) < wanted:
         order += torch.randperm(len(pool), generator=generator).tolist()
     return [[pool[i] for i in order[at : at + how.batch]] for at in range(0, wanted, how.batch)]
+
+
+def _sigma(spec: Spec, batch: int, units: int) -> float:
+    """The noise of a site that holds so many units, as it finds it itself; 0 without a guard."""
+    if "sigma" in spec or not _number(spec.get("epsilon")) or math.isinf(_number(spec["epsilon"])):
+        return _number(spec.get("sigma"))
+    if not units:
+        raise DataError(
+            "the noise of a site follows from how many units it holds, and neither the guard nor "
+            "the records tell; set privacy.units in the plan"
+        )
+    limit = Limit(
+        unit=str(spec.get("unit")),
+        epsilon=_number(spec["epsilon"]),
+        delta=_number(spec.get("delta")),
+    )
+    rate = min(1.0, batch / units)
+    return noise_for(limit, rate=rate, count=int(_number(spec.get("steps"))))
 
 
 def _number(value: Scalar) -> float:

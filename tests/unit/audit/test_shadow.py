@@ -7,6 +7,8 @@ from small_gpt import sentences, small_gpt
 from fedkola.audit import shadow
 from fedkola.audit.evidence import Sighting
 from fedkola.audit.shadow import Recipe
+from fedkola.errors import DataError
+from fedkola.privacy.accounting import Limit, noise_for
 from fedkola.privacy.clip import norm
 from fedkola.training import whole
 from fedkola.training.model import Foundation, encode
@@ -76,6 +78,17 @@ def test_poisson_samples_hold_the_batch_on_average(gpt: Foundation) -> None:
     assert len(set(made.used)) <= 20
 
 
+def test_noise_follows_from_the_guard_as_a_site_finds_it(gpt: Foundation) -> None:
+    before = whole.parameters(gpt)
+    guard = {"unit": "record", "epsilon": 3.0, "delta": 1e-4, "clip": 1.0, "steps": 60}
+    protocol = {"name": "DiLoCo", "inner_steps": 20, "batch": 50, "lr": 0.01, "rounds": 3, **guard}
+    seen = Sighting(round=1, who="a", sites=1, before=before, change=before, protocol=protocol)
+    limit = Limit(unit="record", epsilon=3.0, delta=1e-4)
+    assert shadow.recipe(seen, held=500).sigma == noise_for(limit, rate=0.1, count=60)
+    with pytest.raises(DataError, match=r"privacy\.units"):
+        shadow.recipe(seen)
+
+
 def test_a_recipe_reads_the_protocol_and_the_round(gpt: Foundation) -> None:
     before = whole.parameters(gpt)
     table = "transformer.wte.weight"
@@ -87,7 +100,7 @@ def test_a_recipe_reads_the_protocol_and_the_round(gpt: Foundation) -> None:
         protocol={**protocol, "sigma": 0.8, "clip": 0.5, "units": 90},
     )  # fmt: skip
     found = shadow.recipe(seen)
-    assert found.local == Local(lr=0.01, weight_decay=0.0, clip=0.5, start=16)
+    assert found.local == Local(lr=0.01, weight_decay=0.0, start=16)
     assert (found.steps, found.batch, found.units) == (8, 4, 90)
     assert (found.sigma, found.bound, found.warm) == (0.8, 0.5, True)
     assert found.frozen == {table}
