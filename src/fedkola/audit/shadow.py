@@ -66,30 +66,30 @@ def recipe(sighting: Sighting, *, held: int = 0) -> Recipe:
     that does not train so.
     """
     spec = sighting.protocol
-    absent = [name for name in ("inner_steps", "batch", "lr") if not _number(spec.get(name))]
+    absent = [name for name in ("inner_steps", "batch", "lr") if not number(spec.get(name))]
     if absent:
         raise DataError(
             f"the protocol {spec.get('name')!r} of round {sighting.round} has no {absent}; shadow "
             "exchanges need inner_steps, batch and lr, as of diloco"
         )
-    steps, batch = int(_number(spec["inner_steps"])), int(_number(spec["batch"]))
+    steps, batch = int(number(spec["inner_steps"])), int(number(spec["batch"]))
     # A guard's clip is that of records; without one gradients are cut as Local says.
     known = {f.name for f in fields(Local)} - {"start", "betas", "clip", "total"}
     chosen: dict[str, Any] = {name: value for name, value in spec.items() if name in known}
     local = replace(
         Local(),
         start=max(sighting.round - 1, 0) * steps,
-        total=int(_number(spec.get("rounds"))) * steps,
+        total=int(number(spec.get("rounds"))) * steps,
         **chosen,
     )
-    units = int(_number(spec.get("units"))) or held
+    units = int(number(spec.get("units"))) or held
     sigma = _sigma(spec, batch, units)
     return Recipe(
         steps=steps,
         batch=batch,
         local=local,
         sigma=sigma,
-        bound=(_number(spec.get("clip")) or 1.0) if sigma else 1.0,
+        bound=(number(spec.get("clip")) or 1.0) if sigma else 1.0,
         units=units,
         warm=sighting.round > 1 and local.optimiser == "adamw",
         frozen=frozenset(still(sighting.before, sighting.change)),
@@ -161,43 +161,7 @@ def noisy(
     }
 
 
-# --- private --------------------------------------------------------------------------------------
-
-
-def _site(
-    foundation: Foundation,
-    before: Weights,
-    how: Recipe,
-    pool: Sequence[Ids],
-    generator: Generator,
-    moments: Weights | None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[tuple[int, ...]]]:
-    batches = _batches(how, pool, generator)
-    read = [tuple(ids) for batch in batches for ids in batch]
-
-    def private(held: Weights, batch: Sequence[Ids], number: int) -> dict[str, Tensor]:
-        return noisy(foundation, how, held, batch, generator)
-
-    def partial(held: Weights, batch: Sequence[Ids], number: int) -> dict[str, Tensor]:
-        own = private(held, batch, number) if how.sigma else whole.gradient(foundation, held, batch)
-        own |= {name: torch.zeros_like(own[name]) for name in how.frozen}
-        cut = min(1.0, how.local.clip / max(norm(own), 1e-12)) if how.local.clip else 1.0
-        return own if how.sigma else {name: cut * value for name, value in own.items()}
-
-    if not how.frozen:
-        rule = private if how.sigma else None
-        after, kept, _ = whole.train(foundation, before, batches, how.local, moments, gradient=rule)
-        return after, kept, read
-    # One step at a time: decay would move a frozen tensor, so it is set back after each.
-    after, kept = dict(before), dict(moments or {})
-    for number, batch in enumerate(batches):
-        local = replace(how.local, start=how.local.start + number)
-        after, kept, _ = whole.train(foundation, after, [batch], local, kept, gradient=partial)
-        after |= {name: before[name] for name in how.frozen}
-    return after, kept, read
-
-
-def _batches(how: Recipe, pool: Sequence[Ids], generator: Generator) -> list[list[Ids]]:
+def batches(how: Recipe, pool: Sequence[Ids], generator: Generator) -> list[list[Ids]]:
     """Batches in random order without repeats until the pool is read; Poisson samples with DP."""
     order = torch.randperm(len(pool), generator=generator).tolist()
     if how.sigma:
@@ -211,10 +175,51 @@ def _batches(how: Recipe, pool: Sequence[Ids], generator: Generator) -> list[lis
     return [[pool[i] for i in order[at : at + how.batch]] for at in range(0, wanted, how.batch)]
 
 
+def number(value: Scalar) -> float:
+    """A value of a protocol as a number; 0 for anything else."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+
+
+# --- private --------------------------------------------------------------------------------------
+
+
+def _site(
+    foundation: Foundation,
+    before: Weights,
+    how: Recipe,
+    pool: Sequence[Ids],
+    generator: Generator,
+    moments: Weights | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[tuple[int, ...]]]:
+    drawn = batches(how, pool, generator)
+    read = [tuple(ids) for batch in drawn for ids in batch]
+
+    def private(held: Weights, batch: Sequence[Ids], number: int) -> dict[str, Tensor]:
+        return noisy(foundation, how, held, batch, generator)
+
+    def partial(held: Weights, batch: Sequence[Ids], number: int) -> dict[str, Tensor]:
+        own = private(held, batch, number) if how.sigma else whole.gradient(foundation, held, batch)
+        own |= {name: torch.zeros_like(own[name]) for name in how.frozen}
+        cut = min(1.0, how.local.clip / max(norm(own), 1e-12)) if how.local.clip else 1.0
+        return own if how.sigma else {name: cut * value for name, value in own.items()}
+
+    if not how.frozen:
+        rule = private if how.sigma else None
+        after, kept, _ = whole.train(foundation, before, drawn, how.local, moments, gradient=rule)
+        return after, kept, read
+    # One step at a time: decay would move a frozen tensor, so it is set back after each.
+    after, kept = dict(before), dict(moments or {})
+    for number, batch in enumerate(drawn):
+        local = replace(how.local, start=how.local.start + number)
+        after, kept, _ = whole.train(foundation, after, [batch], local, kept, gradient=partial)
+        after |= {name: before[name] for name in how.frozen}
+    return after, kept, read
+
+
 def _sigma(spec: Spec, batch: int, units: int) -> float:
     """The noise of a site that holds so many units, as it finds it itself; 0 without a guard."""
-    if "sigma" in spec or not _number(spec.get("epsilon")) or math.isinf(_number(spec["epsilon"])):
-        return _number(spec.get("sigma"))
+    if "sigma" in spec or not number(spec.get("epsilon")) or math.isinf(number(spec["epsilon"])):
+        return number(spec.get("sigma"))
     if not units:
         raise DataError(
             "the noise of a site follows from how many units it holds, and neither the guard nor "
@@ -222,12 +227,8 @@ def _sigma(spec: Spec, batch: int, units: int) -> float:
         )
     limit = Limit(
         unit=str(spec.get("unit")),
-        epsilon=_number(spec["epsilon"]),
-        delta=_number(spec.get("delta")),
+        epsilon=number(spec["epsilon"]),
+        delta=number(spec.get("delta")),
     )
     rate = min(1.0, batch / units)
-    return noise_for(limit, rate=rate, count=int(_number(spec.get("steps"))))
-
-
-def _number(value: Scalar) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+    return noise_for(limit, rate=rate, count=int(number(spec.get("steps"))))
