@@ -8,8 +8,12 @@ smaller self with ``quick()``.
 from collections.abc import Mapping
 from typing import Any
 
+from fedkola.audit.canary import CanaryExposure
+from fedkola.audit.membership import Membership
 from fedkola.audit.presence import Presence
 
 ATTACKS: Mapping[str, type[Any]] = {
     "presence": Presence,
+    "membership": Membership,
+    "canary": CanaryExposure,
 }

@@ -24,7 +24,6 @@ from fedkola.audit.evidence import (
     Example,
     Known,
     Measure,
-    Sequences,
     Sighting,
     Truth,
 )
@@ -37,6 +36,7 @@ from fedkola.types import Weights
 
 SHARE = 10 / 16
 SAMPLES, TOP = 100, 40
+MOST = 16
 FIRST = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas")
 LAST = ("Adler", "Brandt", "Castro", "Dumas", "Engel", "Fischer", "Garcia", "Huber", "Ivanov")
 
@@ -67,16 +67,19 @@ class CanaryExposure:
     """
 
     name: ClassVar[str] = "canary"
+    targets: ClassVar[tuple[str, ...]] = ("sum", "model")
     repeats: tuple[int, ...] = (1, 4, 16, 64)
     each: int = 4
     secret: int = 0
     digits: int = 5
     bits: int = 16
 
+    def quick(self) -> "CanaryExposure":
+        return replace(self, each=2)
+
     def canaries(self) -> tuple[Canary, ...]:
         """Every canary, the ones that are never planted last."""
-        counts = [count for count in (*self.repeats, 0) for _ in range(self.each)]
-        return made(counts, digits=self.digits, seed=self.secret)
+        return made((*self.repeats, 0), self.each, digits=self.digits, seed=self.secret)
 
     def run(self, seen: Sequence[Sighting], known: Known, truth: Truth) -> Evidence:
         """Exposure under the newest weights that can be seen: those after the last change.
@@ -89,8 +92,8 @@ class CanaryExposure:
             raise DataError("no weights were seen; canaries need a change or a model to ask")
         last = max(seen, key=lambda sighting: sighting.round)
         canaries = self.canaries()
+        _require_planted(known.foundation, canaries, truth)
         book = _Book.of(known.foundation, digits=self.digits, bits=self.bits)
-        _require_planted(known.foundation, book, canaries, truth)
         weights = after(last)
         bits = [exposure(known.foundation, weights, book, one, seed=known.seed) for one in canaries]
         greedy, sampled, said = [], [], []
@@ -112,14 +115,21 @@ class CanaryExposure:
         )
 
 
-def made(counts: Sequence[int], *, digits: int, seed: int) -> tuple[Canary, ...]:
-    """One canary for each count of repeats, names and digits by the seed."""
+def made(counts: Sequence[int], each: int, *, digits: int, seed: int) -> tuple[Canary, ...]:
+    """``each`` canaries for every count of repeats, names and digits by the seed; the first few of
+    a count do not depend on ``each``. Raises DataError for more than there are names for."""
+    if each > MOST or len(counts) * MOST > len(FIRST) * len(LAST):
+        raise DataError(
+            f"{each} canaries of {len(counts)} kinds were asked for; there are names for "
+            f"{MOST} of {len(FIRST) * len(LAST) // MOST} kinds"
+        )
     chance = random.Random(f"fedkola/canary/1/{seed}")
-    names = chance.sample([f"{first} {last}" for first in FIRST for last in LAST], len(counts))
-    numbers = chance.sample(range(10**digits), len(counts))
+    names = chance.sample([f"{first} {last}" for first in FIRST for last in LAST], 5 * MOST)
+    numbers = chance.sample(range(10**digits), 5 * MOST)
     return tuple(
-        Canary(name=name, digits=f"{number:0{digits}d}", repeats=count)
-        for name, number, count in zip(names, numbers, counts, strict=True)
+        Canary(name=names[place], digits=f"{numbers[place]:0{digits}d}", repeats=count)
+        for group, count in enumerate(counts)
+        for place in range(group * MOST, group * MOST + each)
     )
 
 
@@ -214,12 +224,15 @@ def _measures(
     found = {"exposure_0": mean_interval(null, seed=seed)}
     for count in sorted({canary.repeats for canary in canaries} - {0}):
         found[f"exposure_{count}"] = mean_interval(of(bits, count), seed=seed, null=level)
+    most = max(canary.repeats for canary in canaries)
+    found["exposure"] = found[f"exposure_{most}"]
     for name, values in (("greedy", greedy), ("top40", sampled)):
         for count in sorted({canary.repeats for canary in canaries} - {0}):
             hits, misses = of(values, count), of(values, 0)
             found[f"{name}_{count}"] = rate_interval(
                 int(sum(hits)), len(hits), null=sum(misses) / len(misses)
             )
+    found["digits"] = found[f"greedy_{most}"]
     return found
 
 
@@ -228,12 +241,13 @@ def _control(
 ) -> Control:
     """Other canaries, most often repeated, trained in the open among as many other records."""
     foundation, most = known.foundation, max(attack.repeats)
-    fresh = made([most] * 2, digits=attack.digits, seed=attack.secret + 7919)
+    fresh = made([most], 2, digits=attack.digits, seed=attack.secret + 7919)
     texts = [canary.text for canary in fresh for _ in range(most)]
     others = [ids for records in truth.values() for ids in records][: len(texts)]
     records: list[Ids] = [*encode(foundation, texts), *others]
     how = shadow.recipe(replace(last, change=last.before)).open()
-    how = replace(how, steps=-(-len(records) // how.batch), warm=False)
+    local = replace(how.local, start=0, warmup=0, total=0)
+    how = replace(how, steps=-(-len(records) // how.batch), warm=False, local=local)
     trained = shadow.shadow(foundation, last.before, how, [records], seed=known.seed)
     weights = {name: value + trained.change[name] for name, value in last.before.items()}
     bits = [exposure(foundation, weights, book, one, seed=known.seed) for one in fresh]
@@ -242,26 +256,16 @@ def _control(
     )
 
 
-def _require_planted(
-    foundation: Foundation, book: _Book, canaries: Sequence[Canary], truth: Truth
-) -> None:
-    """Raise DataError unless some canary's prefix and digits stand in some record."""
-    records: list[Sequences] = list(truth.values())
-    start = 0 if foundation.start is None else 1
-    for canary in canaries:
-        if canary.repeats:
-            wanted = [*book.prefix(foundation, canary)[start:], *book.ids(canary.digits)]
-            if any(_within(wanted, ids) for part in records for ids in part):
-                return
-    raise DataError(
-        f"none of {len(canaries)} canaries stands in the {sum(map(len, records))} records; plant "
-        "the texts of CanaryExposure.canaries() before the run"
-    )
-
-
-def _within(wanted: Sequence[int], ids: Sequence[int]) -> bool:
-    size, row = len(wanted), list(ids)
-    return any(row[at : at + size] == list(wanted) for at in range(len(row) - size + 1))
+def _require_planted(foundation: Foundation, canaries: Sequence[Canary], truth: Truth) -> None:
+    """Raise DataError unless some canary stands in some record."""
+    tokenizer: Any = foundation.tokenizer
+    records = list(dict.fromkeys(record for part in truth.values() for record in part))
+    texts = "\n".join(tokenizer.decode(list(record)) for record in records)
+    if not any(canary.text in texts for canary in canaries if canary.repeats):
+        raise DataError(
+            f"none of {len(canaries)} canaries stands in the {len(records)} records; plant the "
+            "texts of CanaryExposure.canaries() before the run"
+        )
 
 
 def _examples(

@@ -3,8 +3,10 @@
 (a) Of a model: the record's loss under a reference, trained on public text alone, less its loss
     under the model (Carlini et al., Membership inference attacks from first principles, S&P 2022,
     in its cheapest form).
-(b) Of a change, single or summed: the cosine between minus the change and the record's gradient at
-    the weights before.
+(b) Of a change D, single or summed: how steeply the record's loss still falls along D at its end,
+    -D . g at theta + D, by central differences of the loss. A record that D was made of resists
+    overshooting; others are hurt by it. At the beginning, -D . g at theta, members stand out less
+    (0.75 against 0.98 after ten epochs on 64 records, 1 of 1 runs), and ``start_auc`` says so.
 (c) Of the protocol: guesses about random directions planted as units, and the epsilon they refute
     (:mod:`fedkola.audit.one_run`), in a rehearsal of the same training on the same records.
 
@@ -35,6 +37,7 @@ from fedkola.types import Scalar, Weights
 OUTSIDE = "outside"
 FLOOR = 0.8
 SEPARATED = 1.0
+NEAR = 0.05
 REFERENCE_STEPS = 300
 Scores = NDArray[np.float64]
 
@@ -63,7 +66,7 @@ class Membership:
             raise DataError(
                 f"of {len(seen)} sightings none has records behind it; membership needs the truth"
             )
-        outside, reading, notes = _outsiders(self, known, truth)
+        outside, reading, notes = _outsiders(self, known, truth, cases[0])
         of_model = not cases[0].change
         table = _Table(attack=self, known=known, outside=outside, reading=reading)
         own = {id(s): _members(self, s, truth, seed=known.seed) for s in cases}
@@ -102,26 +105,27 @@ class _Table:
     reading: list[Ids]
 
 
+Pair = tuple[Scores, Scores]
+"""Scores of members and of outsiders."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Result:
-    inside: Scores
-    outside: Scores
-    null_inside: Scores
-    null_outside: Scores
+    scores: Pair
+    null: Pair
+    start: Pair | None = None
 
 
-def cosines(
-    foundation: Foundation, before: Weights, change: Weights, records: Sequence[Ids]
+def slopes(
+    foundation: Foundation, weights: Weights, change: Weights, records: Sequence[Ids]
 ) -> Scores:
-    """(n,) of minus the change with the gradient of each record's loss at ``before``."""
-    names = [name for name in before if name in change]
-    down = -torch.cat([change[name].flatten().float() for name in names])
-    down /= down.norm().clamp_min(1e-30)
-    found = np.zeros(len(records))
-    for row, record in enumerate(records):
-        own = whole.gradient(foundation, before, [record])
-        flat = torch.cat([own[name].flatten() for name in names])
-        found[row] = float(flat @ down / flat.norm().clamp_min(1e-30))
+    """(n,) fall of each record's loss, nats per token, along a change at ``weights``: -D . g."""
+    sides = [
+        {n: v + side * change[n] if n in change else v for n, v in weights.items()}
+        for side in (-NEAR, NEAR)
+    ]
+    behind, ahead = (_losses(foundation, side, records) for side in sides)
+    found: Scores = (behind - ahead) / (2 * NEAR)
     return found
 
 
@@ -136,16 +140,13 @@ def _by_change(table: _Table, seen: Sighting, members: list[Ids]) -> _Result:
         foundation, seen.before, how, [table.reading], seed=table.known.seed + 31
     ).change
 
-    def both(records: Sequence[Ids]) -> tuple[Scores, Scores]:
-        return (
-            cosines(foundation, seen.before, seen.change, records),
-            cosines(foundation, seen.before, other, records),
-        )
+    def scored(change: Weights, at: float) -> tuple[Scores, Scores]:
+        weights = {n: v + at * change[n] if n in change else v for n, v in seen.before.items()}
+        found = slopes(foundation, weights, change, [*members, *table.outside])
+        return found[: len(members)], found[len(members) :]
 
-    inside, null_inside = both(members)
-    outside, null_outside = both(table.outside)
     return _Result(
-        inside=inside, outside=outside, null_inside=null_inside, null_outside=null_outside
+        scores=scored(seen.change, 1), null=scored(other, 1), start=scored(seen.change, 0)
     )
 
 
@@ -167,11 +168,8 @@ def _by_model(table: _Table, seen: Sighting, members: list[Ids]) -> _Result:
         weights = {name: value + made.change[name] for name, value in base.items()}
         losses.append(_losses(foundation, weights, [*members, *table.outside]))
     under = _losses(foundation, seen.before, [*members, *table.outside])
-    scores, null = losses[0] - under, losses[0] - losses[1]
-    num = len(members)
-    return _Result(
-        inside=scores[:num], outside=scores[num:], null_inside=null[:num], null_outside=null[num:]
-    )
+    scores, null, num = losses[0] - under, losses[0] - losses[1], len(members)
+    return _Result(scores=(scores[:num], scores[num:]), null=(null[:num], null[num:]))
 
 
 def _losses(foundation: Foundation, weights: Weights, records: Sequence[Ids]) -> Scores:
@@ -182,25 +180,33 @@ def _losses(foundation: Foundation, weights: Weights, records: Sequence[Ids]) ->
 
 
 def _measures(results: Sequence[_Result], *, seed: int) -> dict[str, Measure]:
-    def null(result: _Result) -> float:
-        return auc(result.null_inside.tolist(), result.null_outside.tolist())
+    """Over updates: the mean AUC, and members found at 1 % of outsiders taken for one."""
+    level = sum(_auc(r.null) for r in results) / len(results)
+    found = {"auc": _area([r.scores for r in results], seed=seed, null=level)}
+    rates = [tpr_at_fpr(*_lists(r.scores)) for r in results]
+    nulls = [tpr_at_fpr(*_lists(r.null)).value for r in results]
+    sizes = [len(r.scores[0]) for r in results]
+    hits = sum(round(rate.value * size) for rate, size in zip(rates, sizes, strict=True))
+    null = sum(nulls) / len(nulls)
+    found["tpr_at_1_fpr"] = rate_interval(hits, sum(sizes), null=null)
+    starts = [r.start for r in results if r.start is not None]
+    if starts:
+        found["start_auc"] = _area(starts, seed=seed)
+    return found
 
-    level = sum(map(null, results)) / len(results)
-    if len(results) == 1:
-        one = results[0]
-        area = auc_interval(one.inside.tolist(), one.outside.tolist(), null=level)
-    else:
-        areas = [auc(r.inside.tolist(), r.outside.tolist()) for r in results]
-        area = mean_interval(areas, seed=seed, null=level)
-    rates = [tpr_at_fpr(r.inside.tolist(), r.outside.tolist()) for r in results]
-    nulls = [tpr_at_fpr(r.null_inside.tolist(), r.null_outside.tolist()) for r in results]
-    hits = sum(round(t.value * len(r.inside)) for t, r in zip(rates, results, strict=True))
-    rate = rate_interval(
-        hits,
-        sum(len(r.inside) for r in results),
-        null=sum(t.value for t in nulls) / len(nulls),
-    )
-    return {"auc": area, "tpr_at_1_fpr": rate}
+
+def _area(pairs: Sequence[Pair], *, seed: int, null: float | None = None) -> Measure:
+    if len(pairs) == 1:
+        return auc_interval(*_lists(pairs[0]), null=null)
+    return mean_interval([_auc(pair) for pair in pairs], seed=seed, null=null)
+
+
+def _auc(pair: Pair) -> float:
+    return auc(*_lists(pair))
+
+
+def _lists(pair: Pair) -> tuple[list[float], list[float]]:
+    return pair[0].tolist(), pair[1].tolist()
 
 
 def _epsilon(
@@ -237,23 +243,20 @@ def _control(
     batch = 8 if how is None else how.batch
     many = Recipe(steps=max(1, attack.epochs * len(few) // batch), batch=batch, local=local)
     made = shadow.shadow(foundation, base, many, [few], seed=table.known.seed + 17)
-    outside = table.outside[: 4 * attack.few]
-    if not of_model:
-        inside, others = (cosines(foundation, base, made.change, r) for r in (few, outside))
+    records = [*few, *table.outside[: 4 * attack.few]]
+    after = {name: value + made.change[name] for name, value in base.items()}
+    if of_model:
+        scores = _losses(foundation, base, records) - _losses(foundation, after, records)
     else:
-        after = {name: value + made.change[name] for name, value in base.items()}
-        gain = _losses(foundation, base, [*few, *outside]) - _losses(
-            foundation, after, [*few, *outside]
-        )
-        inside, others = gain[: len(few)], gain[len(few) :]
-    return auc(inside.tolist(), others.tolist())
+        scores = slopes(foundation, after, made.change, records)
+    return _auc((scores[: len(few)], scores[len(few) :]))
 
 
 def _outsiders(
-    attack: Membership, known: Known, truth: Truth
+    attack: Membership, known: Known, truth: Truth, seen: Sighting
 ) -> tuple[list[Ids], list[Ids], list[str]]:
     """Records that nobody used, text for shadows and references, and what is to be noted."""
-    own: list[Ids] = list(shadow.own_text(known))
+    own: list[Ids] = list(shadow.own_text(known, seen.protocol))
     used = {record for (_, who), part in truth.items() if who != OUTSIDE for record in part}
     given = [r for (_, who), part in truth.items() if who == OUTSIDE for r in part]
     outside: list[Ids] = list(dict.fromkeys(record for record in given if record not in used))

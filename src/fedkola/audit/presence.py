@@ -65,7 +65,10 @@ class Presence:
         Raises DataError if nowhere both FEW tokens were used and FEW were not.
         """
         began = time.perf_counter()
-        bench = _Bench(attack=self, known=known, own=shadow.own_text(known))
+        if not seen:
+            raise DataError("no change of weights was seen; presence needs one")
+        own = shadow.own_text(known, seen[0].protocol)
+        bench = _Bench(attack=self, known=known, own=own)
         fair = [s for s in seen if _fair(bench, truth.get((s.round, s.who), ()))]
         if not fair:
             raise DataError(

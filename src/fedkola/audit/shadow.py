@@ -7,18 +7,20 @@ as many changes with known records as it likes, and learn from them what records
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from fedkola.algorithms.diloco import DiLoCo
 from fedkola.audit.evidence import Known, Sequences, Sighting
 from fedkola.errors import DataError
 from fedkola.privacy.accounting import Limit, noise_for
 from fedkola.privacy.clip import factor, norm
 from fedkola.training import whole
 from fedkola.training.model import Foundation, encode
+from fedkola.training.packing import pack
 from fedkola.training.per_unit import clipped_sum
 from fedkola.training.whole import Ids, Local
 from fedkola.types import Scalar, Spec, Weights
@@ -59,11 +61,11 @@ class Shadow:
 def recipe(sighting: Sighting, *, held: int = 0) -> Recipe:
     """What the protocol of a sighting says of local training.
 
-    Read are ``inner_steps``, ``batch`` and ``lr`` (required), ``rounds``, fields of ``Local``, and
-    the guard ``record_dp``: ``clip``, ``units`` and either ``sigma`` or what it follows from
-    (``unit``, ``epsilon``, ``delta``, ``steps``). ``held`` is how many units a site holds, where
-    the guard declares none. Tensors without a change are frozen. Raises DataError for a protocol
-    that does not train so.
+    Of DiLoCo it is the course of the round, of others ``inner_steps``, ``batch`` and ``lr``
+    (required), ``rounds`` and fields of ``Local``; of the guard ``record_dp`` ``clip``, ``units``
+    and ``sigma``, or what sigma follows from (``unit``, ``epsilon``, ``delta``, ``steps``).
+    ``held`` is how many units a site holds, where the guard declares none. Tensors without a change
+    are frozen. Raises DataError for a protocol that does not train so.
     """
     spec = sighting.protocol
     absent = [name for name in ("inner_steps", "batch", "lr") if not number(spec.get(name))]
@@ -72,16 +74,8 @@ def recipe(sighting: Sighting, *, held: int = 0) -> Recipe:
             f"the protocol {spec.get('name')!r} of round {sighting.round} has no {absent}; shadow "
             "exchanges need inner_steps, batch and lr, as of diloco"
         )
-    steps, batch = int(number(spec["inner_steps"])), int(number(spec["batch"]))
-    # A guard's clip is that of records; without one gradients are cut as Local says.
-    known = {f.name for f in fields(Local)} - {"start", "betas", "clip", "total"}
-    chosen: dict[str, Any] = {name: value for name, value in spec.items() if name in known}
-    local = replace(
-        Local(),
-        start=max(sighting.round - 1, 0) * steps,
-        total=int(number(spec.get("rounds"))) * steps,
-        **chosen,
-    )
+    steps, local = _course(spec, max(sighting.round, 1))
+    batch = int(number(spec["batch"]))
     units = int(number(spec.get("units"))) or held
     sigma = _sigma(spec, batch, units)
     return Recipe(
@@ -101,15 +95,18 @@ def still(before: Weights, change: Weights) -> list[str]:
     return [name for name in before if name not in change or not bool(change[name].any())]
 
 
-def own_text(known: Known) -> list[list[int]]:
-    """The attacker's texts as sequences. Raises DataError if there is none of two tokens."""
-    found = [ids for ids in encode(known.foundation, known.texts) if len(ids) > 1]
-    if not found:
-        raise DataError(
-            f"the attacker has {len(known.texts)} texts and none of two tokens; give it public "
-            "text, or nothing can be learnt from shadow exchanges"
+def own_text(known: Known, protocol: Spec) -> list[list[int]]:
+    """The attacker's texts as sequences, packed to the protocol's ``length`` where it has one.
+
+    Raises DataError if there is none of two tokens.
+    """
+    length = int(number(protocol.get("length")))
+    if length:
+        units = [""] * len(known.texts)
+        return _some(
+            pack(known.foundation, known.texts, units, length=length, apart=False)[0], known
         )
-    return found
+    return _some([ids for ids in encode(known.foundation, known.texts) if len(ids) > 1], known)
 
 
 def shadow(
@@ -181,6 +178,30 @@ def number(value: Scalar) -> float:
 
 
 # --- private --------------------------------------------------------------------------------------
+
+
+def _some(found: list[list[int]], known: Known) -> list[list[int]]:
+    if not found:
+        raise DataError(
+            f"the attacker has {len(known.texts)} texts and none of two tokens; give it public "
+            "text, or nothing can be learnt from shadow exchanges"
+        )
+    return found
+
+
+def _course(spec: Spec, round: int) -> tuple[int, Local]:
+    """Steps of a round and how they are made."""
+    if spec.get("name") == "DiLoCo" and "growth" in spec:
+        own: dict[str, Any] = {f.name: spec[f.name] for f in fields(DiLoCo) if f.name in spec}
+        course: dict[str, Any] = asdict(DiLoCo(**own).course(round))
+        chosen = {f.name: course[f.name] for f in fields(Local) if f.name in course}
+        return int(course["steps"]), replace(Local(), **chosen)
+    steps = int(number(spec["inner_steps"]))
+    # A guard's clip is that of records; without one gradients are cut as Local says.
+    known = {f.name for f in fields(Local)} - {"start", "betas", "clip", "total"}
+    given: dict[str, Any] = {name: value for name, value in spec.items() if name in known}
+    start, total = (round - 1) * steps, int(number(spec.get("rounds"))) * steps
+    return steps, replace(Local(), start=start, total=total, **given)
 
 
 def _site(

@@ -107,13 +107,16 @@ def test_canaries_are_the_same_for_one_secret_and_others_for_another() -> None:
     assert ATTACK.canaries() == ATTACK.canaries()
     other = {canary.digits for canary in replace(ATTACK, secret=1).canaries()}
     assert other != {canary.digits for canary in ATTACK.canaries()}
+    assert set(ATTACK.quick().canaries()) < set(ATTACK.canaries())
     names = [canary.name for canary in ATTACK.canaries()]
     assert len(set(names)) == len(names) == 12
 
 
 def test_digits_beyond_the_reach_of_the_model_are_named(tmp_path: Path) -> None:
-    short = replace(small_gpt(tmp_path / "model"), max_tokens=10)
+    model = small_gpt(tmp_path / "model", length=48)
+    (ids,) = encode(model, [ATTACK.canaries()[0].text])
+    short = replace(model, max_tokens=10)
     weights = whole.parameters(short)
     seen = Sighting(round=1, who="a", sites=1, before=weights, change={}, protocol={})
     with pytest.raises(DataError, match="at least"):
-        ATTACK.run([seen], Known(foundation=short, texts=()), {(1, "a"): ((1, 2),)})
+        ATTACK.run([seen], Known(foundation=short, texts=()), {(1, "a"): (tuple(ids),)})

@@ -17,13 +17,13 @@ from fedkola.training import whole
 from fedkola.training.model import Foundation, encode
 from fedkola.training.whole import Local
 
-ATTACK = Membership(members=40, outsiders=120, few=24, game=Game(canaries=0, guesses=0))
+ATTACK = Membership(members=40, outsiders=120, few=16, game=Game(canaries=0, guesses=0))
 PROTOCOL = {"name": "DiLoCo", "inner_steps": 5, "batch": 8, "lr": 3e-3, "rounds": 1}
 
 
 @pytest.fixture(scope="module")
 def gpt(tmp_path_factory: pytest.TempPathFactory) -> Foundation:
-    return small_gpt(tmp_path_factory.mktemp("gpt") / "model", width=16, vocabulary=300)
+    return small_gpt(tmp_path_factory.mktemp("gpt") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Empirical epsilon: the bound of Steinke et al. against its plain form, and games with a known end."""
+"""Empirical epsilon: the bound against its plain form, and games with a known end."""
 
 import math
 from dataclasses import replace
