@@ -217,13 +217,13 @@ SETUPS: Mapping[str, Setup] = {
     ),
     "availability": Setup(
         question="Three of ten hospitals miss each round, two join in rounds 3 and 4, one is gone "
-        "after round 6: what is lost two rounds after the last window?",
+        "after round 6: what is lost eight rounds after the last window?",
         settings=(
             *_COMMON,
             *_SYNONYMS,
             "task.sites=12",
             "task.windows=8",
-            "run.rounds=10",
+            "run.rounds=16",
             "knowledge.slots_max=22",
         ),
         sizes={
