@@ -71,6 +71,7 @@ class Site:
         held_out: Dataset | None = None,
         remembers: Callable[[int], bool] | None = None,
         member: Member | None = None,
+        rounds: int = 1,
     ) -> None:
         """``remembers`` says of a round whether the site keeps what stood behind its answers, for
         an audit of a recorded run; None keeps nothing. With ``member`` the site answers under
@@ -86,13 +87,15 @@ class Site:
         self._behind = Behind()
         self._member = member
         self._packed: tuple[Any, tuple[list[list[int]], list[str]]] | None = None
+        self._rounds = rounds
         self._scopes = {label.code: label.scope for label in catalogue.labels}
         store.mkdir(parents=True, exist_ok=True)
 
     @property
     def knowledge(self) -> Records:
         """The site's records, without those it was asked to forget."""
-        return Records(self._data.take(self._kept()) if self._accepted() else self._data)
+        data = self._data.take(self._kept()) if self._accepted() else self._data
+        return Records(data, self._rounds)
 
     def answer(self, message: bytes) -> bytes:
         """The answer to one question, the same bytes whenever the same question is asked again."""

@@ -12,7 +12,7 @@ from fedkola.algorithms.fedkola import State as BankState
 from fedkola.audit.transcript import Transcript
 from fedkola.client import Site, Trainer
 from fedkola.knowledge import archive
-from fedkola.knowledge.stream import Stream
+from fedkola.knowledge.stream import Stream, first_round, window_of
 from fedkola.ledger import Ledger
 from fedkola.plan import Plan
 from fedkola.training import adapters, whole
@@ -38,7 +38,21 @@ class Federation:
 
     @property
     def rounds(self) -> int:
-        return self.plan.run.rounds or len(self.stream.windows)
+        run = self.plan.run
+        return run.rounds or len(self.stream.windows) * run.rounds_per_window
+
+    def window(self, number: int) -> int:
+        """The window of the stream that a round belongs to; the last one for rounds after it."""
+        return min(window_of(number, self.plan.run.rounds_per_window), len(self.stream.windows))
+
+    def moment(self, number: int) -> str:
+        """When a round is, in words: the name of its window, if it has one."""
+        rounds, names = self.plan.run.rounds_per_window, self.stream.windows
+        window = window_of(number, rounds)
+        if not 0 < window <= len(names):
+            return f"round {number}"
+        turn = number - first_round(window, rounds) + 1
+        return names[window - 1] + (f", round {turn} of {rounds}" if rounds > 1 else "")
 
 
 def load_state(federation: Federation, ledger: Ledger) -> tuple[Any, int]:

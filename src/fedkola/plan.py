@@ -26,10 +26,13 @@ from fedkola.errors import Incompatible, PlanError, UnknownKey
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """``rounds`` 0 means one round per window of the stream."""
+    """A window of the stream spans ``rounds_per_window`` rounds: its records reach their sites in
+    the first one, and in the others sites are asked again for what still waits. ``rounds`` 0 means
+    as many as the windows span; more of them follow the last window."""
 
     name: str = "run"
     rounds: int = 0
+    rounds_per_window: int = 1
     seed: int = 7
     folder: str = "runs"
 
@@ -294,6 +297,7 @@ _HUGE = 1.7976931348623157e308
 _WORD = 2**63 - 1
 _RANGES: Mapping[str, tuple[float, float]] = {
     "run.rounds": (0, _WORD),
+    "run.rounds_per_window": (1, _WORD),
     "run.seed": (0, _WORD),
     "model.max_tokens": (1, _WORD),
     "model.batch": (1, _WORD),

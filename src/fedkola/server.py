@@ -40,7 +40,7 @@ from fedkola.knowledge import archive, availability, membership, upkeep
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.availability import Pattern
 from fedkola.knowledge.compact import Policy
-from fedkola.knowledge.stream import Stream
+from fedkola.knowledge.stream import Stream, in_rounds
 from fedkola.ledger import Ledger
 from fedkola.plan import Plan, as_dict, digest
 from fedkola.privacy import secure_sum
@@ -132,9 +132,11 @@ def assemble(
             held_out=never,
             remembers=keep,
             member=secured.member(name, folder / "sites" / name) if secured else None,
+            rounds=plan.run.rounds_per_window,
         )
         for name, (kept, never) in parts.items()
     }
+    valid = in_rounds(stream.catalogue, plan.run.rounds_per_window)
     answers = {name: site.answer for name, site in sites.items()}
     transcript = Transcript(folder / transcripts.NAME, keep=keep) if keep else None
     level = report_level(plan, stream.catalogue)
@@ -146,7 +148,7 @@ def assemble(
         trainer=trainer,
         sites=sites,
         clients=connect(plan, answers, secured=secured, transcript=transcript),
-        algorithm=build(plan, stream.catalogue, trainer, level, folder),
+        algorithm=build(plan, valid, trainer, level, folder),
         level=level,
         transcript=transcript,
     )

@@ -247,20 +247,24 @@ class Engine(Clients, Protocol):
 class Knowledge(Protocol):
     """A site's own records as they arrive."""
 
-    def at(self, window: int) -> Dataset:
-        """Records that reached the site in this window, new or in a new version."""
+    def at(self, round: int) -> Dataset:
+        """Records that reached the site in this round, new or in a new version."""
         ...
 
-    def until(self, window: int) -> Dataset:
-        """The newest version of every record that reached the site by this window."""
+    def until(self, round: int) -> Dataset:
+        """The newest version of every record that reached the site by this round."""
         ...
 
     def versions(self) -> Dataset:
         """Every version of every record; a record and a window name one of them."""
         ...
 
-    def repeats(self, window: int) -> int:
-        """Rows that arrived in this window and changed nothing."""
+    def repeats(self, round: int) -> int:
+        """Rows that arrived in this round and changed nothing."""
+        ...
+
+    def of(self, data: Dataset) -> "Knowledge":
+        """Other records, as they arrive by the same calendar."""
         ...
 
 

@@ -40,6 +40,7 @@ plans = st.builds(
         Run,
         name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
         rounds=counts,
+        rounds_per_window=positive,
         seed=counts,
         folder=texts,
     ),

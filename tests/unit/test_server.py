@@ -199,6 +199,52 @@ def test_sites_that_are_away_are_not_asked_and_what_they_hold_comes_later(tmp_pa
     assert small.fingerprint(again) == small.fingerprint(away)
 
 
+def test_windows_of_two_rounds_leave_the_bank_of_one_where_everybody_is_there(tmp_path: Path):
+    once = small.run(small.assemble(tmp_path / "once", FAST))
+    federation = small.assemble(tmp_path / "twice", FAST, "run.rounds_per_window=2")
+    twice = small.run(federation)
+    rows = reports(tmp_path / "twice")
+
+    assert [row["round"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [federation.moment(n) for n in (1, 4, 7)] == [
+        "w1, round 1 of 2",
+        "w2, round 2 of 2",
+        "round 7",
+    ]
+    assert [federation.window(n) for n in (1, 2, 3, 6, 9)] == [1, 1, 2, 3, 3]
+    assert sums(twice) == sums(once)
+    # Nothing waits in the second round of a window: it takes a vote and the publishing of a view.
+    assert {cell.about.round for cell in twice.bank.cells} == {1, 3, 5}
+    assert rows[1]["bytes_up"] == rows[3]["bytes_up"] < rows[2]["bytes_up"]
+
+
+def sums(state: Any) -> list[tuple[str, str, str]]:
+    return sorted((c.about.module, c.about.kind.value, c.about.words) for c in state.bank.cells)
+
+
+def test_what_waits_for_company_enters_in_the_second_round_of_its_window(tmp_path: Path):
+    def only(site: str, data: small.Dataset) -> small.Dataset:
+        keep = site in ("north", "south", "east")
+        return data.take([i for i, c in enumerate(data.labels) if keep or c[:4] != "lung"])
+
+    sites = {site: only(site, data) for site, data in small.data().items()}
+    late = (FAST, "scenario.late={east=4}", "run.rounds_per_window=2")
+    state = small.run(small.assemble(tmp_path, *late, sites=sites))
+    lung = [c.about for c in state.bank.cells if c.about.module == "lung@1"]
+
+    assert min(about.round for about in lung) == 4
+    assert all(len(about.cohort) == 5 and about.contributors >= 3 for about in lung)
+    assert total_records(state) < sum(map(len, sites.values()))  # a part of east still waits
+
+
+def test_a_label_is_retired_when_its_last_window_ends_not_before(tmp_path: Path):
+    labels = small.catalogue(heart_1=(2.0, ("heart-2",)))
+    federation = small.assemble(tmp_path, FAST, "run.rounds_per_window=2", labels=labels)
+    (closed,) = [e for e in small.run(federation).bank.labels if e.code == "heart-1"]
+
+    assert closed.valid_to == 3.0
+
+
 def test_too_few_sites_by_the_scenario_are_refused_with_what_to_change(tmp_path: Path):
     settings = (FAST, "scenario.availability=bernoulli", "scenario.absent=1")
     with pytest.raises(CohortTooSmall, match=r"0 of 5 sites.*lower scenario\.absent"):

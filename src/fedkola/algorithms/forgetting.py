@@ -26,7 +26,6 @@ from fedkola.knowledge import adaptation, compact, forget, journal, membership, 
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.bank import Bank, Cell, CellKind, KnowledgeCell, Status
 from fedkola.knowledge.journal import Place
-from fedkola.knowledge.stream import Records
 from fedkola.knowledge.terms import Recipe, Terms, floor
 from fedkola.knowledge.views import View
 from fedkola.types import Aggregate, Broadcast, Catalogue, Client, Clients, Cohort, Update
@@ -297,7 +296,7 @@ def margins(client: Client, asked: Broadcast) -> Update:
     if lost is not None:
         scopes = {label.code: label.scope for label in client.catalogue.labels}
         view = views.from_tensors(document, tensors)
-        wide = Records(client.held_out).until(asked.round)
+        wide = client.knowledge.of(client.held_out).until(asked.round)
         # A window, a label or a module is compared with records that could be of it.
         public = [request for request in requests if request.kind in forget.SHARED]
         free = set(forget.left(wide, public, scopes)) if len(public) == len(requests) else set()

@@ -55,5 +55,5 @@ def rule(plan: Plan) -> Rule:
         spread=k.spread,
         merge=k.merge,
         merge_lam=k.merge_lam,
-        half_life=k.half_life,
+        half_life=k.half_life and k.half_life * plan.run.rounds_per_window,
     )

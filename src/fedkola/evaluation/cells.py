@@ -87,6 +87,18 @@ def top1(cell: Found) -> float:
     return float(found)
 
 
+def uploaded(cell: Found) -> float:
+    """Bytes that a site sends in a window: those of a round that it is asked in, times the rounds
+    that there are to a window, with those after the last one."""
+    rounds = cell.get("rounds", 1)
+    return float(cell["bytes_up_per_site_window"]) * rounds / len(cell.get("moments", "x" * rounds))
+
+
+def streamed(cell: Found) -> float:
+    """Mean accuracy over the windows of the stream, without the rounds that follow the last one."""
+    return metrics.stream_average(cell["R"][: len(cell.get("moments", ())) or None])
+
+
 def target(name: str, bound: str, value: str, met: bool | None) -> dict[str, str]:
     """One line of a verdict; ``met`` None where it was not run."""
     verdict = "not run" if met is None else "met" if met else "missed"

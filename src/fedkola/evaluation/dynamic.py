@@ -175,9 +175,10 @@ def measure(
     asked = _watched(untouched, watched)
 
     def observe(number: int, state: Any) -> Mapping[str, float]:
-        if not row.streamed:
+        last = number % chosen.run.rounds_per_window == 0 or number == federation.rounds
+        if not (row.streamed and last):
             return {}
-        window = min(number, len(stream.windows))
+        window = federation.window(number)
         found = scoring.accuracy(
             scorer, state, scoring.askable(asked, window, ends=stream.ends), window=window
         )
@@ -193,7 +194,7 @@ def measure(
         **_costs(row, federation, rounds),
     }
     if row.streamed:
-        found |= _over_time([entry.report["metrics"] for entry in rounds])
+        found |= _over_time([asked for entry in rounds if (asked := entry.report["metrics"])])
         found |= {"moments": list(stream.windows), "texts": _texts(stream, found["concepts"])}
     if chosen.algorithm.name == "fedkola" and row.streamed:
         found |= _bank(federation, scorer, state, asked, window, found)
@@ -236,7 +237,7 @@ def summary(cells: Sequence[Found], rows: Sequence[str]) -> dict[str, dict[str, 
 FIGURES: Mapping[str, Callable[[Found], float]] = {
     "top1": marks.top1,
     "top5": lambda cell: float(cell["untouched"]["top5"]),
-    "stream": lambda cell: float(cell["stream"]),
+    "stream": marks.streamed,
     "forgetting": lambda cell: float(cell["forgetting"]),
     "bwt": lambda cell: float(cell["bwt"]),
     "plasticity": lambda cell: float(cell["plasticity"]),
@@ -244,7 +245,7 @@ FIGURES: Mapping[str, Callable[[Found], float]] = {
     "stale": lambda cell: float(cell["stale"]["late"]),
     "exact": lambda cell: float(cell["text"]["exact"]),
     "perplexity": lambda cell: float(cell["text"]["perplexity"]),
-    "megabytes": lambda cell: cell["bytes_up_per_site_window"] / 1e6,
+    "megabytes": lambda cell: marks.uploaded(cell) / 1e6,
     "cpu_s": lambda cell: float(cell["cpu_s"]),
 }
 HEADS = {

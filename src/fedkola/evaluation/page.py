@@ -18,7 +18,15 @@ from markupsafe import Markup
 
 from fedkola.errors import DataError
 from fedkola.evaluation import plots, report
-from fedkola.evaluation.cells import Found, about_machine, asked_at_end, paired, top1
+from fedkola.evaluation.cells import (
+    Found,
+    about_machine,
+    asked_at_end,
+    paired,
+    streamed,
+    top1,
+    uploaded,
+)
 from fedkola.evaluation.setups import OWN, READ_OUT, SETUPS, is_bound, is_own
 
 SMALL = "quick"
@@ -375,7 +383,7 @@ def cost(told: Told) -> Section | None:
         other = told.rows[told.best]
         ratios = [
             f"{ratio} times the {what}"
-            for what, of in (("bytes", _bytes), ("time", _cpu))
+            for what, of in (("bytes", uploaded), ("time", _cpu))
             if (ratio := _ratio(_mean(cells, of), _mean(other, of)))
         ]
         if ratios:
@@ -388,7 +396,7 @@ def cost(told: Told) -> Section | None:
         row
         for row in told.rows
         if row != told.own and not is_bound(row)
-        if _mean(told.rows[row], _bytes) < _mean(cells, _bytes)
+        if _mean(told.rows[row], uploaded) < _mean(cells, uploaded)
         and _mean(told.rows[row], top1) >= _mean(cells, top1)
     ]
     says.append(
@@ -416,10 +424,6 @@ class Measure:
     unit: str
 
 
-def _bytes(cell: Found) -> float:
-    return float(cell["bytes_up_per_site_window"])
-
-
 def _cpu(cell: Found) -> float:
     return float(cell["cpu_s"])
 
@@ -436,7 +440,7 @@ MEASURES = (
     Measure(
         name="accuracy while it streams",
         key="stream",
-        of=lambda cell: float(cell["stream"]),
+        of=streamed,
         sign=1,
         unit="points",
     ),
@@ -447,7 +451,7 @@ MEASURES = (
         sign=-1,
         unit="points",
     ),
-    Measure(name="bytes up", key="bytes_up_per_site_window", of=_bytes, sign=-1, unit="times"),
+    Measure(name="bytes up", key="bytes_up_per_site_window", of=uploaded, sign=-1, unit="times"),
     Measure(name="CPU time", key="cpu_s", of=_cpu, sign=-1, unit="times"),
 )
 
@@ -828,7 +832,7 @@ def _mean(cells: Mapping[int, Found], of: Callable[[Found], float]) -> float:
 
 
 def _mb(cells: Mapping[int, Found]) -> str:
-    return plots.megabytes(_mean(cells, _bytes))
+    return plots.megabytes(_mean(cells, uploaded))
 
 
 def _points(share: float) -> str:

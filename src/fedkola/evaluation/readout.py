@@ -23,7 +23,7 @@ def adapted_accuracy(federation: Federation, weights: Weights, test: Dataset) ->
     The federation must hold the union of records at one site.
     """
     (site,) = federation.sites.values()
-    data = site.knowledge.until(len(federation.stream.windows))
+    data = site.knowledge.until(federation.rounds)
     knowledge, catalogue = federation.plan.knowledge, federation.stream.catalogue
     z = _integers(federation, weights, data)
     position = {code: i for i, code in enumerate(catalogue.codes())}

@@ -229,10 +229,11 @@ def _average(found: Sequence[Accuracy], nodes: int) -> Accuracy:
 
 
 def _members(federation: Federation, window: int) -> tuple[str, ...]:
-    """Sites that have joined and not left by this window, those that miss a round included."""
+    """Sites that are part of the last round of this window, those that miss it included."""
     late, left = federation.plan.scenario.late, federation.plan.scenario.gone
+    number = window * federation.plan.run.rounds_per_window
     return tuple(
         site
         for site in federation.stream.sites
-        if late.get(site, 1) <= window <= left.get(site, window)
+        if late.get(site, 1) <= number <= left.get(site, number)
     )

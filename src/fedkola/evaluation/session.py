@@ -92,7 +92,7 @@ def observer(session: Session) -> server.Observe:
     test = federation.stream.test
 
     def observe(number: int, state: Any) -> Mapping[str, float]:
-        window = min(number, len(federation.stream.windows))
+        window = federation.window(number)
         answered: Mapping[str, float] = {}
         if test.prompts:
             answered = generative.measure(federation, state, window)
@@ -159,9 +159,8 @@ def predict(
     modules = _held(session, state, held, site)
     view = algorithm.view(state, valid_at=valid_at, known_at=known_at, held=modules)
     whole = algorithm.view(state, valid_at=valid_at, known_at=known_at)
-    names = session.federation.stream.windows
     last = min(known_at or state.number, state.number)
-    moment = names[last - 1] if 0 < last <= len(names) else f"round {last}"
+    moment = session.federation.moment(last)
     return answers.answer(
         session.federation,
         view,

@@ -62,10 +62,15 @@ _ADAPTED = (
     "algorithm.lr=2e-3",
 )
 
+# What waits for company gets eight rounds after the last window, cheap ones where nothing opens.
 _AWAY = (
     "algorithm.name=fedkola",
     "scenario.availability=bernoulli",
     "scenario.absent=0.3",
+)
+_ONCE = (
+    *_AWAY,
+    "run.rounds=16",
     'scenario.late={"harbour-infectious"=3, "oldtown-metabolic"=4}',
 )
 
@@ -120,11 +125,21 @@ ROWS: Mapping[str, Row] = {
         tuned=True,
     ),
     "fedkola-away": Row(
-        settings=(*_AWAY, 'scenario.quit={"lakeside-eye-ear"=6}'),
+        settings=(*_ONCE, 'scenario.quit={"lakeside-eye-ear"=6}'),
         about="the bank where three of ten sites miss each round, two come late, one quits",
     ),
+    "fedkola-away-twice": Row(
+        settings=(
+            *_AWAY,
+            "run.rounds_per_window=2",
+            "run.rounds=24",
+            'scenario.late={"harbour-infectious"=5, "oldtown-metabolic"=7}',
+            'scenario.quit={"lakeside-eye-ear"=12}',
+        ),
+        about="the same with two rounds a window",
+    ),
     "fedkola-forgets": Row(
-        settings=(*_AWAY, 'scenario.leave={"lakeside-eye-ear"=6}'),
+        settings=(*_ONCE, 'scenario.leave={"lakeside-eye-ear"=6}'),
         about="the bank where three of ten miss each round, two come late, one is forgotten",
     ),
     "oracle": _trained("oracle", "an adapter per true scope, routed by the truth"),
@@ -216,14 +231,14 @@ SETUPS: Mapping[str, Setup] = {
         sizes={"standard": Size(seeds=5, settings=(), rows=ALL, rates=_RATES, watched=0.2)},
     ),
     "availability": Setup(
-        question="Three of ten hospitals miss each round, two join in rounds 3 and 4, one is gone "
-        "after round 6: what is lost eight rounds after the last window?",
+        question="Three of ten hospitals miss each round, two join in windows 3 and 4, one is gone "
+        "after window 6: what is lost eight rounds after the last window?",
         settings=(
             *_COMMON,
             *_SYNONYMS,
             "task.sites=12",
             "task.windows=8",
-            "run.rounds=16",
+            "run.rounds=10",
             "knowledge.slots_max=22",
         ),
         sizes={
@@ -235,7 +250,7 @@ SETUPS: Mapping[str, Setup] = {
             "standard": Size(
                 seeds=5,
                 settings=("knowledge.features=2048",),
-                rows=("fedkola", "fedkola-away", "fedkola-forgets"),
+                rows=("fedkola", "fedkola-away", "fedkola-away-twice", "fedkola-forgets"),
                 watched=0.2,
             ),
         },

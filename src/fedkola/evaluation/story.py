@@ -63,7 +63,7 @@ def document(federation: Federation, ledger: Ledger, state: Any) -> dict[str, An
             "forgetting": metrics.forgetting(matrix),
             "bwt": metrics.backward_transfer(matrix),
             "stream": metrics.stream_average(matrix),
-            "freshness_lag": dict(zip(scopes, metrics.freshness_lag(matrix), strict=True)),
+            "freshness_lag": dict(zip(scopes, _lags(federation, matrix), strict=True)),
         },
     }
     agreement: dict[str, float] = {}
@@ -111,21 +111,26 @@ def _first(federation: Federation, scope: str) -> int | None:
     return min(windows) if windows else None
 
 
+def _lags(federation: Federation, matrix: metrics.Matrix) -> list[float | None]:
+    """Windows until each scope is answered, from one row a round."""
+    rounds = federation.plan.run.rounds_per_window
+    return [lag and lag / rounds for lag in metrics.freshness_lag(matrix)]
+
+
 def _window(federation: Federation, row: RoundRow, events: Sequence[EventRow]) -> dict[str, Any]:
     report, number = row.report, row.number
-    names = federation.stream.windows
     here = [event for event in events if event.round == number]
     sealed = [event for event in here if event.kind == "SEAL"]
     known = {e.subject for e in events if e.kind == "LABEL" and e.round <= number}
     opened = [event.subject.rsplit("@", 1)[0] for event in here if event.kind == "OPEN"]
     parked = [event for event in here if event.kind == "PARK"]
     late = {
-        site: f"late: answers from window {first}"
+        site: f"late: answers from round {first}"
         for site, first in federation.plan.scenario.late.items()
         if number < first
     }
     left = {
-        site: f"left after window {last}"
+        site: f"left after round {last}"
         for site, last in federation.plan.scenario.gone.items()
         if number > last
     }
@@ -142,7 +147,7 @@ def _window(federation: Federation, row: RoundRow, events: Sequence[EventRow]) -
     ]
     found: dict[str, Any] = {
         "number": number,
-        "name": names[number - 1] if number <= len(names) else f"round {number}",
+        "name": federation.moment(number),
         "arrived": [scope_text(federation, scope) for scope in opened],
         "asked": len(report["cohort"]) + len(late) + len(left),
         "answered": len(report["cohort"]) - len(report["refused"]),
@@ -194,11 +199,11 @@ def _sites(federation: Federation, agreement: Mapping[str, float]) -> list[dict[
         if name in scenario.noisy:
             roles.append(f"noisy: {scenario.noisy[name]:.0%} of its labels are wrong")
         if name in scenario.late:
-            roles.append(f"late: answers from window {scenario.late[name]}")
+            roles.append(f"late: answers from round {scenario.late[name]}")
         if name in scenario.leave:
-            roles.append(f"left after window {scenario.leave[name]}, and was forgotten")
+            roles.append(f"left after round {scenario.leave[name]}, and was forgotten")
         if name in scenario.quit:
-            roles.append(f"left after window {scenario.quit[name]}; what it gave stays")
+            roles.append(f"left after round {scenario.quit[name]}; what it gave stays")
         about = federation.stream.about.get(name, {})
         found.append(
             {
@@ -216,12 +221,12 @@ def _sites(federation: Federation, agreement: Mapping[str, float]) -> list[dict[
 def _agreement(federation: Federation, state: BankState) -> dict[str, float]:
     """Share of each site's own labels that the federation's model gives too, as each site could
     measure at home with the view it downloads."""
-    nodes = scoring.arrived(federation, state.number)
+    nodes = scoring.arrived(federation, federation.window(state.number))
     found = {}
     for name, whole in federation.stream.sites.items():
         if name in federation.plan.scenario.leave:
             continue
-        data = Records(whole).until(state.number)
+        data = Records(whole).until(federation.window(state.number))
         step = max(1, len(data) // AGREEMENT_RECORDS)
         sample = data.take(range(0, len(data), step))
         scores = scoring.scores_of(federation, state, sample, nodes)
@@ -281,7 +286,6 @@ def _ask(
 ) -> tuple[Answer, ...]:
     algorithm = federation.algorithm
     assert isinstance(algorithm, FedKoLa)
-    names = federation.stream.windows
     return answers.answer(
         federation,
         algorithm.view(state, held=held),
@@ -289,7 +293,7 @@ def _ask(
         temperature=state.calibration.temperature,
         unknown=state.calibration.unknown,
         whole=algorithm.view(state),
-        as_of=names[min(state.number, len(names)) - 1],
+        as_of=federation.moment(state.number),
         top_k=3,
         base=state.base,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from fedkola.evaluation import metrics
-from fedkola.evaluation.cells import Found, interval, paired, target, top1
+from fedkola.evaluation.cells import Found, interval, paired, target, top1, uploaded
 from fedkola.evaluation.setups import is_bound, is_own
 
 Verdicts = list[dict[str, str]]
@@ -109,6 +109,7 @@ def _orders(rows: Rows) -> Verdicts:
 def _availability(rows: Rows) -> Verdicts:
     return [
         _behind(rows, "fedkola-away", "fedkola", "top-1 minus full availability"),
+        _behind(rows, "fedkola-away-twice", "fedkola", "the same, two rounds a window"),
         _behind(rows, "fedkola-forgets", "fedkola", "the same, the leaver forgotten"),
     ]
 
@@ -181,7 +182,7 @@ def _most(name: str, values: Sequence[float], bound: float) -> dict[str, str]:
 
 
 def _megabytes(cell: Found) -> float:
-    return float(cell["bytes_up_per_site_window"]) / 1e6
+    return uploaded(cell) / 1e6
 
 
 def _excess(cell: Found) -> float:

@@ -7,7 +7,7 @@ window in which they reached it, and held-out records to ask about. Window 1 is 
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -52,18 +52,22 @@ class Records:
     label, prompt or patient replaces the version before it. Of rows with one id and one window the
     last counts. A version that says what the one before it said is no version: a window delivered
     twice changes nothing.
+
+    A window spans ``rounds`` rounds, and its records arrive in the first one.
     """
 
     data: Dataset
+    rounds: int = 1
 
-    def at(self, window: int) -> Dataset:
-        """Versions that reached the site in this window."""
-        newest = self._newest(window)
+    def at(self, round: int) -> Dataset:
+        """Versions that reached the site in this round."""
+        window = self._arriving(round)
+        newest = self._newest(window) if window else ()
         return self.data.take(sorted(i for i in newest if self.data.windows[i] == window))
 
-    def until(self, window: int) -> Dataset:
-        """The newest version of every record that reached the site in this window or before it."""
-        return self.data.take(sorted(self._newest(window)))
+    def until(self, round: int) -> Dataset:
+        """The newest version of every record that reached the site in this round or before it."""
+        return self.data.take(sorted(self._newest(window_of(round, self.rounds))))
 
     def versions(self) -> Dataset:
         """Every row that counts, one of each record and window."""
@@ -76,9 +80,14 @@ class Records:
         )
         return self.data.take(sorted(rows.values()))
 
-    def repeats(self, window: int) -> int:
-        """Rows that arrived in this window and changed nothing."""
-        return sum(w == window for w in self.data.windows) - len(self.at(window))
+    def repeats(self, round: int) -> int:
+        """Rows that arrived in this round and changed nothing."""
+        window = self._arriving(round)
+        return sum(w == window for w in self.data.windows) - len(self.at(round))
+
+    def of(self, data: Dataset) -> "Records":
+        """Other records, as they arrive by the same calendar."""
+        return replace(self, data=data)
 
     def without(
         self, *, patients: Collection[str] = (), records: Collection[str] = ()
@@ -90,7 +99,12 @@ class Records:
         pairs = zip(self.data.records, self.data.patients, strict=True)
         gone |= {record for record, patient in pairs if patient in gone_patients}
         kept = [i for i, record in enumerate(self.data.records) if record not in gone]
-        return Records(self.data.take(kept))
+        return self.of(self.data.take(kept))
+
+    def _arriving(self, round: int) -> int:
+        """The window that begins with this round; 0 where none does."""
+        window = window_of(round, self.rounds)
+        return window if round == first_round(window, self.rounds) else 0
 
     def _newest(self, window: int) -> list[int]:
         """Rows of the newest versions as of a window."""
@@ -106,6 +120,31 @@ class Records:
         data = self.data
         prompt = data.prompts[row] if data.prompts else ""
         return data.texts[row], data.labels[row], data.patients[row], prompt
+
+
+def window_of(round: int, rounds: int) -> int:
+    """The window that a round belongs to, where each window spans so many rounds."""
+    return -(-round // rounds)
+
+
+def first_round(window: int, rounds: int) -> int:
+    """The round in which a window begins, where each spans so many rounds."""
+    return (window - 1) * rounds + 1
+
+
+def in_rounds(catalogue: Catalogue, rounds: int) -> Catalogue:
+    """The same labels, valid from and to the first rounds of the windows that they name."""
+    if rounds == 1:
+        return catalogue
+    labels = tuple(
+        replace(
+            label,
+            valid_from=(label.valid_from - 1) * rounds + 1,
+            valid_to=None if label.valid_to is None else (label.valid_to - 1) * rounds + 1,
+        )
+        for label in catalogue.labels
+    )
+    return replace(catalogue, labels=labels)
 
 
 def split_test(stream: Stream, share: float = 0.3) -> tuple[Dataset, Dataset]:

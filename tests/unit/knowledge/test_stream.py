@@ -12,6 +12,7 @@ from fedkola.knowledge.stream import (
     deal,
     first_windows,
     hash_share,
+    in_rounds,
     numbered,
     split_test,
 )
@@ -44,6 +45,33 @@ def test_a_window_holds_what_arrived_in_it_and_until_adds_what_came_before():
     assert records.at(2).records == ("r3",)
     assert records.until(2).records == ("r1", "r2", "r3")
     assert len(records.at(9)) == 0
+
+
+def test_the_records_of_a_window_of_three_rounds_arrive_in_the_first_of_them():
+    records = Records(DATA, rounds=3)
+
+    assert [records.at(n).records for n in (3, 4, 5)] == [(), ("r3",), ()]
+    assert [len(records.until(n)) for n in (3, 4, 6, 7)] == [2, 3, 3, 4]
+    assert records.without(records=["r2"]).at(4).records == ("r3",)
+    assert records.of(DATA.take([3])).until(6).records == ()
+
+
+def test_a_window_delivered_twice_is_counted_in_its_first_round_alone():
+    twice = replace(
+        DATA, records=("r1", "r1", "r3", "r4"), texts=("fever", "fever", "rash", "ache")
+    )
+    again = replace(twice, labels=("A", "A", "B", "B"), windows=(1, 2, 3, 4), patients=("p",) * 4)
+
+    assert [Records(again, rounds=2).repeats(n) for n in (1, 2, 3, 4)] == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("rounds", "until"), [(1, 3.0), (2, 5.0), (4, 9.0)])
+def test_labels_end_in_the_first_round_of_the_window_that_ends_them(rounds: int, until: float):
+    ending = Label(code="A", path=("A",), scope="s", valid_from=1.0, valid_to=3.0)
+    ends, stays = in_rounds(replace(CATALOGUE, labels=(ending, CATALOGUE.labels[1])), rounds).labels
+
+    assert (ends.valid_from, ends.valid_to) == (1.0, until)
+    assert stays == CATALOGUE.labels[1]
 
 
 def test_a_withdrawn_patient_takes_all_records_along():
