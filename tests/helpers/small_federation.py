@@ -168,6 +168,18 @@ def plan(*settings: str) -> Plan:
     return plans.override(Plan(), [*SETTINGS, *settings])
 
 
+def stream(
+    *, sites: Data | None = None, labels: Catalogue | None = None, rounds: int = 3
+) -> Stream:
+    """The records of all sites with a test, in so many windows."""
+    return Stream(
+        catalogue=labels or catalogue(),
+        sites=data() if sites is None else dict(sites),
+        test=records("test"),
+        windows=tuple(f"w{i}" for i in range(1, rounds + 1)),
+    )
+
+
 def assemble(
     folder: Path,
     *settings: str,
@@ -177,16 +189,10 @@ def assemble(
     rounds: int = 3,
 ) -> Federation:
     """The federation in ``folder``; ``wrap`` puts something between single sites and the engine."""
-    held = data() if sites is None else dict(sites)
-    stream = Stream(
-        catalogue=labels or catalogue(),
-        sites=held,
-        test=records("test"),
-        windows=tuple(f"w{i}" for i in range(1, rounds + 1)),
-    )
+    held = stream(sites=sites, labels=labels, rounds=rounds)
     chosen = plan(*settings)
     base = foundation(whole=getattr(ALGORITHMS.get(chosen.algorithm.name), "whole", False))
-    whole = server.assemble(chosen, stream, folder, foundation=base)
+    whole = server.assemble(chosen, held, folder, foundation=base)
     if not wrap:
         return whole
     answers = {

@@ -6,7 +6,7 @@ not at all; a run that was cut in the middle resumes from its ledger.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,21 @@ class Cells:
     note: Note
 
     def kept(
-        self, name: str, about: Mapping[str, Any], *, default: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        about: Mapping[str, Any],
+        *,
+        default: Mapping[str, Any] | None = None,
+        unread: Collection[str] = (),
     ) -> Found | None:
-        """The result kept under ``name`` if it was measured under ``about``."""
+        """The result kept under ``name`` if it was measured under ``about``, whatever the settings
+        ``unread`` were ("section.key")."""
         path = self.folder / f"{name}.json"
         if not path.exists():
             return None
         found: Found = json.loads(path.read_text())
-        return found if _same(found.get("about"), _plain(about), _plain(default or {})) else None
+        then, now = (_without(_plain(one), unread) for one in (found.get("about"), about))
+        return found if _same(then, now, _plain(default or {})) else None
 
     def measure(
         self,
@@ -43,13 +50,14 @@ class Cells:
         how: Callable[[Path], Found],
         *,
         default: Mapping[str, Any] | None = None,
+        unread: Collection[str] = (),
     ) -> Found:
         """The result kept under ``name``, else that of ``how`` in a work folder of its own.
 
         What was measured under another ``about`` is measured anew. A setting that an older version
-        did not know is no difference where it has its ``default``.
+        did not know is no difference where it has its ``default``, nor is one that is ``unread``.
         """
-        kept = self.kept(name, about, default=default)
+        kept = self.kept(name, about, default=default, unread=unread)
         if kept is not None:
             return kept
         path = self.folder / f"{name}.json"
@@ -153,6 +161,18 @@ def _same(kept: Any, about: Any, default: Any) -> bool:
         else key in default and value == default[key]
         for key, value in about.items()
     )
+
+
+def _without(about: Any, unread: Collection[str]) -> Any:
+    """A plan without these keys; what is no plan stays."""
+    if not isinstance(about, dict):
+        return about
+    return {
+        section: {key: v for key, v in values.items() if f"{section}.{key}" not in unread}
+        if isinstance(values, dict)
+        else values
+        for section, values in about.items()
+    }
 
 
 def _plain(about: Mapping[str, Any]) -> Any:

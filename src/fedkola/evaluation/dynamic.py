@@ -19,7 +19,16 @@ from fedkola.evaluation import generative, machine, metrics, oneshot, scoring, t
 from fedkola.evaluation.cells import Cells, Found, Note, Progress
 from fedkola.evaluation.demo import pooled
 from fedkola.evaluation.readout import adapted_accuracy
-from fedkola.evaluation.setups import READ_OUT, ROWS, SETUPS, Row, Setup, Size
+from fedkola.evaluation.setups import (
+    MOST_RATE,
+    READ_OUT,
+    ROWS,
+    SETUPS,
+    Row,
+    Setup,
+    Size,
+    unread,
+)
 from fedkola.federation import Federation
 from fedkola.knowledge.bank import cell_bytes
 from fedkola.knowledge.stream import Stream, hash_share, split_test
@@ -106,16 +115,22 @@ class Bench:
     def tuned(self, row: str) -> float:
         """The rate with the best accuracy on development records; ties go to the smaller one.
 
-        0 where not every rate was tried.
+        While the largest rate tried is the best, its double is tried too, up to MOST_RATE. 0 where
+        a rate of the grid was not tried.
         """
-        rates = self.size.rates
-        if len(rates) == 1:
-            return rates[0]
-        cells = [self._measured(row, TUNING_SEED, rate, self.size.tuning) for rate in rates]
-        scored = [
-            (cell["dev"]["top1"], -rate) for cell, rate in zip(cells, rates, strict=True) if cell
-        ]
-        return -max(scored)[1] if len(scored) == len(rates) else 0.0
+        scored: dict[float, float] = {}
+        waiting = list(self.size.rates)
+        if len(waiting) == 1:
+            return waiting[0]
+        while waiting:
+            rate = waiting.pop(0)
+            cell = self._measured(row, TUNING_SEED, rate, self.size.tuning)
+            if not cell:
+                break
+            scored[rate] = cell["dev"]["top1"]
+            if not waiting and _best(scored) == rate and 2 * rate <= MOST_RATE:
+                waiting.append(2 * rate)
+        return _best(scored) if scored.keys() >= set(self.size.rates) else 0.0
 
     def cell(self, row: str, seed: int, rate: float) -> Found:
         """One cell of the table; empty where it is not to be measured now."""
@@ -129,15 +144,17 @@ class Bench:
             found = measure(about, ROWS[row], folder, self.progress, watched=self.size.watched)
             return found | {"row": row, "seed": seed, "rate": rate}
 
+        same = {"default": as_dict(Plan()), "unread": unread(row)}
         if self.measured:
-            return self.cells.kept(name, as_dict(about), default=as_dict(Plan())) or {}
-        return self.cells.measure(name, as_dict(about), how, default=as_dict(Plan()))
+            return self.cells.kept(name, as_dict(about), **same) or {}
+        return self.cells.measure(name, as_dict(about), how, **same)
 
 
 def plan(
     setup: Setup, size: Size, row: str, seed: int, rate: float, extra: Sequence[str] = ()
 ) -> Plan:
-    """The plan of one cell: of one stream all but the row's own settings are the same."""
+    """The plan of one cell: of one stream all but the row's own settings are the same, and those
+    that its method does not read have their defaults."""
     settings = [
         f"run.name={row}-{seed}",
         f"run.seed={seed}",
@@ -148,7 +165,8 @@ def plan(
         *ROWS[row].settings,
         *extra,
     ]
-    return override(Plan(), settings)
+    left_out = unread(row)
+    return override(Plan(), [s for s in settings if s.partition("=")[0] not in left_out])
 
 
 def measure(
@@ -194,7 +212,8 @@ def measure(
         **_costs(row, federation, rounds),
     }
     if row.streamed:
-        found |= _over_time([asked for entry in rounds if (asked := entry.report["metrics"])])
+        measured = [entry.report["metrics"] for entry in rounds]
+        found |= _over_time([metrics for metrics in measured if metrics])
         found |= {"moments": list(stream.windows), "texts": _texts(stream, found["concepts"])}
     if chosen.algorithm.name == "fedkola" and row.streamed:
         found |= _bank(federation, scorer, state, asked, window, found)
@@ -302,6 +321,10 @@ def table(result: Mapping[str, Any]) -> str:
 # --- private --------------------------------------------------------------------------------------
 
 _DIGITS = {"megabytes": 2, "cpu_s": 0, "lag": 1}
+
+
+def _best(scored: Mapping[float, float]) -> float:
+    return max(scored, key=lambda rate: (scored[rate], -rate))
 
 
 def _fewer(result: Mapping[str, Any], row: str) -> str:

@@ -6,7 +6,11 @@ every trained method is tuned on the same grid of rates, on a seed that is used 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from fedkola.plan import Knowledge
+
+MOST_RATE = 8e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,10 +19,13 @@ class Row:
 
     ``tuned`` rows have a rate to be chosen; ``streamed`` ones live on the stream: they are measured
     after every window and their traffic is counted. ``pooled`` ones see the union of all records.
+    ``reads`` names the keys of [knowledge] that the method reads, which only then enter its plan
+    and say whether a cell must be measured anew; None is all of them.
     """
 
     settings: tuple[str, ...]
     about: str
+    reads: tuple[str, ...] | None = None
     tuned: bool = False
     streamed: bool = True
     pooled: bool = False
@@ -26,7 +33,8 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How large a profile is. ``tuning`` makes the runs smaller that choose a rate."""
+    """How large a profile is. ``tuning`` makes the runs smaller that choose a rate: of ``rates``,
+    and of their doubles up to MOST_RATE for as long as the largest one tried is the best."""
 
     seeds: int
     settings: tuple[str, ...]
@@ -45,8 +53,15 @@ class Setup:
     sizes: Mapping[str, Size]
 
 
+# What the server itself reads, and the seed of features and pinned factors.
+_ALWAYS = ("basis_seed", "held_out", "membership")
+_RIDGE = (*_ALWAYS, "features", "bits", "lam")
+
+
 def _trained(name: str, about: str, *settings: str) -> Row:
-    return Row(settings=(f"algorithm.name={name}", *settings), about=about, tuned=True)
+    return Row(
+        settings=(f"algorithm.name={name}", *settings), about=about, tuned=True, reads=_ALWAYS
+    )
 
 
 # Steps and rate of the shared adaptation were chosen on three tenths of the synonyms of the chapter
@@ -78,6 +93,7 @@ ROWS: Mapping[str, Row] = {
     "local": Row(
         settings=("algorithm.name=local",),
         about="every site alone, the mean of their answers; nothing is sent",
+        reads=(*_RIDGE, "spread", "readout", "merge", "merge_lam", "half_life"),
         streamed=False,
     ),
     "fedit": _trained("fedit", "A, B and head averaged"),
@@ -96,7 +112,9 @@ ROWS: Mapping[str, Row] = {
     "replay": _trained("replay", "FedIT with a reservoir of old records at every site"),
     "ewc": _trained("ewc", "FFA-LoRA held to its old weights by summed Fisher"),
     "afcl": Row(
-        settings=("algorithm.name=afcl",), about="one sample-weighted ridge on frozen features"
+        settings=("algorithm.name=afcl",),
+        about="one sample-weighted ridge on frozen features",
+        reads=_RIDGE,
     ),
     "fedkola": Row(settings=("algorithm.name=fedkola",), about="the bank, analytic lane"),
     "adapted": Row(
@@ -146,6 +164,7 @@ ROWS: Mapping[str, Row] = {
     "joint": Row(
         settings=("algorithm.name=joint",),
         about="one model on the union of all records",
+        reads=(*_RIDGE, "spread"),
         tuned=True,
         streamed=False,
         pooled=True,
@@ -165,6 +184,13 @@ def is_bound(row: str) -> bool:
     """Rows that no deployment could be: records pooled, or the truth told."""
     about = ROWS.get(row.removesuffix(READ_OUT))
     return row == "oracle" or (about is not None and about.pooled)
+
+
+def unread(row: str) -> tuple[str, ...]:
+    """Keys of a plan that this row does not read, as "section.key"."""
+    reads = ROWS[row].reads
+    keys = (key.name for key in fields(Knowledge))
+    return () if reads is None else tuple(f"knowledge.{key}" for key in keys if key not in reads)
 
 
 ALL = tuple(row for row in ROWS if row == OWN or not is_own(row))

@@ -8,7 +8,7 @@ import pytest
 
 from fedkola.errors import DataError
 from fedkola.evaluation import dynamic
-from fedkola.evaluation.cells import Cells, top1
+from fedkola.evaluation.cells import Cells, streamed, top1, uploaded
 from fedkola.evaluation.setups import SETUPS
 from fedkola.plan import as_dict
 
@@ -76,3 +76,19 @@ def test_records_that_are_asked_once_are_judged_as_they_arrive():
     end = {"asked": 0, "top1": 0.0}
     assert top1({"untouched": end, "as_it_arrives": arrived}) == 0.75
     assert top1({"untouched": {"asked": 4, "top1": 0.5}, "as_it_arrives": arrived}) == 0.5
+
+
+def test_rounds_after_the_last_window_count_for_its_bytes_and_not_for_the_time_it_streams():
+    cell = {
+        "bytes_up_per_site_window": 3e6,
+        "rounds": 6,
+        "moments": ["w1", "w2", "w3"],
+        "R": [[0.5, None], [0.5, 0.7], [0.6, 0.8], [0.9, 0.9]],
+    }
+
+    assert uploaded(cell) == 6e6
+    assert streamed(cell) == pytest.approx((0.5 + 0.6 + 0.7) / 3)
+    # Without names of windows every round is one.
+    del cell["moments"]
+    assert uploaded(cell) == 3e6
+    assert streamed(cell) == pytest.approx((0.5 + 0.6 + 0.7 + 0.9) / 4)
