@@ -144,10 +144,11 @@ class Bench:
             found = measure(about, ROWS[row], folder, self.progress, watched=self.size.watched)
             return found | {"row": row, "seed": seed, "rate": rate}
 
-        same = {"default": as_dict(Plan()), "unread": unread(row)}
-        if self.measured:
-            return self.cells.kept(name, as_dict(about), **same) or {}
-        return self.cells.measure(name, as_dict(about), how, **same)
+        default, left_out = as_dict(Plan()), unread(row)
+        kept = self.cells.kept(name, as_dict(about), default=default, unread=left_out)
+        if kept is not None or self.measured:
+            return kept or {}
+        return self.cells.measure(name, as_dict(about), how, default=default, unread=left_out)
 
 
 def plan(
