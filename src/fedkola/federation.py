@@ -38,8 +38,7 @@ class Federation:
 
     @property
     def rounds(self) -> int:
-        run = self.plan.run
-        return run.rounds or len(self.stream.windows) * run.rounds_per_window
+        return rounds(self.plan, self.stream)
 
     def window(self, number: int) -> int:
         """The window of the stream that a round belongs to; the last one for rounds after it."""
@@ -53,6 +52,11 @@ class Federation:
             return f"round {number}"
         turn = number - first_round(window, rounds) + 1
         return names[window - 1] + (f", round {turn} of {rounds}" if rounds > 1 else "")
+
+
+def rounds(plan: Plan, stream: Stream) -> int:
+    """The rounds of a run: those the plan asks for, or as many as the windows span."""
+    return plan.run.rounds or len(stream.windows) * plan.run.rounds_per_window
 
 
 def load_state(federation: Federation, ledger: Ledger) -> tuple[Any, int]:

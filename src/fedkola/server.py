@@ -35,7 +35,7 @@ from fedkola.errors import (
     UnknownCell,
     UnknownName,
 )
-from fedkola.federation import Federation, load_state, settle_revision, sweep
+from fedkola.federation import Federation, load_state, rounds, settle_revision, sweep
 from fedkola.knowledge import archive, availability, membership, upkeep
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge.availability import Pattern
@@ -378,8 +378,8 @@ def _upkept(
 
 def _kept(plan: Plan, stream: Stream) -> Callable[[int], bool] | None:
     """Which rounds of a recorded run keep their payloads; None where nothing is recorded."""
-    total = plan.run.rounds or len(stream.windows)
-    return transcripts.kept_rounds(plan.audit.rounds, total) if plan.audit.record else None
+    kept = transcripts.kept_rounds
+    return kept(plan.audit.rounds, rounds(plan, stream)) if plan.audit.record else None
 
 
 def _recorded(federation: Federation) -> dict[str, str]:

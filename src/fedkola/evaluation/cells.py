@@ -40,7 +40,7 @@ class Cells:
         if not path.exists():
             return None
         found: Found = json.loads(path.read_text())
-        then, now = (_without(_plain(one), unread) for one in (found.get("about"), about))
+        then, now = (_without(one, unread) for one in (found.get("about"), _plain(about)))
         return found if _same(then, now, _plain(default or {})) else None
 
     def measure(
@@ -98,8 +98,9 @@ def top1(cell: Found) -> float:
 def uploaded(cell: Found) -> float:
     """Bytes that a site sends in a window: those of a round that it is asked in, times the rounds
     that there are to a window, with those after the last one."""
-    rounds = cell.get("rounds", 1)
-    return float(cell["bytes_up_per_site_window"]) * rounds / len(cell.get("moments", "x" * rounds))
+    rounds = int(cell.get("rounds", 1))
+    windows = len(cell.get("moments", ())) or rounds
+    return float(cell["bytes_up_per_site_window"]) * rounds / windows
 
 
 def streamed(cell: Found) -> float:
