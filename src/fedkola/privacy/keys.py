@@ -245,17 +245,25 @@ def pinned(path: Path) -> Roster:
         ) from error
 
 
-def write_private(path: Path, content: bytes) -> None:
-    """A file that only its owner may read, whole or not at all, also after a power cut."""
+def write_private(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """A file that only its owner may read, whole or not at all; also after a power cut, if it is
+    to be ``durable``."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     draft = path.with_name(path.name + ".tmp")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
     os.replace(draft, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    if durable:
+        flush_folder(path.parent)
+
+
+def flush_folder(path: Path) -> None:
+    """What was renamed or deleted in a folder stays so after a power cut."""
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:

@@ -115,29 +115,30 @@ class Member:
         ``words`` gives this site's integer addend to a plain question in bytes. Raises
         PolicyRefused or PrivacyError with the code of the rule that refused.
         """
-        frame = _bytes(asked, "frame")
-        if asked.step == OPEN:
-            found = {"frame": self._open(frame, _bytes(asked, "signature"))}
-        elif asked.step == SHARE:
-            found = {"frame": self._share(frame)}
-        elif asked.step == RELAY:
-            found = {"frame": self._relay(frame)}
-        elif asked.step == ASK:
-            return self._answer(asked, message, words)
-        elif asked.step == REVEAL:
-            found = {"frame": self._reveal(frame, _bytes(asked, "signature"))}
-        else:
+        if asked.step not in (OPEN, SHARE, RELAY, ASK, REVEAL):
             raise UpdateHidden(
                 f"asked for {asked.step!r} in the clear; this site answers under secure "
                 "aggregation only, as its plan says"
             )
-        return self._packed(message, {name: as_tensor(value) for name, value in found.items()})
+        if asked.step == ASK:
+            return self._answer(asked, message, words)
+        frame = _bytes(asked, "frame")
+        if asked.step == OPEN:
+            found = self._open(frame, _bytes(asked, "signature"))
+        elif asked.step == SHARE:
+            found = self._share(frame)
+        elif asked.step == RELAY:
+            found = self._relay(frame)
+        else:
+            found = self._reveal(frame, _bytes(asked, "signature"))
+        return self._packed(message, {"frame": as_tensor(found)})
 
     def finish(self) -> None:
-        """Erase the secret of the epoch, its log and the kept answer."""
-        for path in (self._epoch_path, self._log_path, *self._folder.glob("answer-*")):
-            path.unlink(missing_ok=True)
-        self._state = self._noted = None
+        """Erase the secret of the epoch, and only then its log and the kept answer."""
+        self._epoch_path.unlink(missing_ok=True)
+        keys.flush_folder(self._folder)
+        self._forget_log()
+        self._state = None
 
     # --- the messages -----------------------------------------------------------------------------
 
@@ -156,7 +157,6 @@ class Member:
                         f"{old.number} up to {old.first + old.count - 1}: numbers only grow",
                         code="exchange_reused",
                     )
-                self.finish()
             epoch = Epoch(
                 roster=self._roster,
                 number=opening.epoch,
@@ -165,7 +165,9 @@ class Member:
                 secret=os.urandom(keys.KEY_BYTES),
             )
             state = _State(epoch=epoch, offers={}, shares={})
-            self._write(state)
+            # The old secret is gone for good before its log is: the log guards its masks.
+            self._write(state, durable=True)
+            self._forget_log()
         body = self._offer(state.epoch).pack()
         return body + self._identity.sign(body)
 
@@ -425,7 +427,10 @@ class Member:
     def _read(self) -> _State | None:
         if self._state is not None or not self._epoch_path.exists():
             return self._state
-        kept = json.loads(self._epoch_path.read_text(encoding="ascii"))
+        try:
+            kept = json.loads(self._epoch_path.read_bytes())
+        except ValueError:  # cut off by a power failure: the epoch is lost, and with it its masks
+            return None
         self._state = _State(
             epoch=Epoch(
                 roster=self._roster,
@@ -442,7 +447,7 @@ class Member:
         )
         return self._state
 
-    def _write(self, state: _State) -> None:
+    def _write(self, state: _State, *, durable: bool = False) -> None:
         epoch = state.epoch
         kept = {
             "number": epoch.number,
@@ -452,7 +457,7 @@ class Member:
             "offers": {i: offer.pack().hex() for i, offer in state.offers.items()},
             "shares": {i: value.hex() for i, value in state.shares.items()},
         }
-        keys.write_private(self._epoch_path, json.dumps(kept).encode())
+        keys.write_private(self._epoch_path, json.dumps(kept).encode(), durable=durable)
         self._state = state
 
     def _kept_answer(self, state: _State, x: int, digest: bytes) -> Path:
@@ -493,11 +498,20 @@ class Member:
             os.fsync(file.fileno())
         self._noted = None
 
+    def _forget_log(self) -> None:
+        for path in (self._log_path, *self._folder.glob("answer-*")):
+            path.unlink(missing_ok=True)
+        self._noted = None
+
     def _log(self) -> "_Log":
         if self._noted is None:
             self._noted = _Log(answered={}, revealed={})
-            lines = self._log_path.read_bytes().split(b"\n") if self._log_path.exists() else [b""]
-            for line in lines[:-1]:
+            content = self._log_path.read_bytes() if self._log_path.exists() else b""
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):
+                # Killed while it wrote: nothing was sent for this line.
+                os.truncate(self._log_path, len(whole))
+            for line in whole.splitlines():
                 entry = json.loads(line)
                 if "sites" in entry:
                     answered = _Answered(sites=tuple(entry["sites"]), absent=entry["absent"])
