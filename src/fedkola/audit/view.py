@@ -12,6 +12,7 @@ Under secure aggregation a single answer is uniform words. It is decoded as the 
 decode it, so that attacks on it are measured and not assumed to fail.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +25,16 @@ from fedkola import wire
 from fedkola.audit.evidence import Sequences, Sighting, Truth
 from fedkola.audit.transcript import Frame, Recording
 from fedkola.errors import UnknownName
-from fedkola.privacy import behind
-from fedkola.types import Aggregate, Broadcast, Scalar, Weights
+from fedkola.privacy import behind, frames, masks, member
+from fedkola.privacy.member import ASK, OPEN, RELAY, REVEAL, SHARE
+from fedkola.types import Aggregate, Broadcast, Grid, Reply, Scalar, Weights
 
 Kind = Literal["wire", "server", "site", "coalition", "model"]
 KINDS: tuple[Kind, ...] = ("wire", "server", "site", "coalition", "model")
 
 # Algorithms whose answer is how far weights went down, not up.
 DESCENDING = frozenset({"DiLoCo"})
+_SETUP = frozenset({OPEN, SHARE, RELAY, REVEAL})
 SUM, OTHERS, MODEL = "sum", "others", "model"
 
 
@@ -139,13 +142,28 @@ def truth(stores: Mapping[str, Path], seen: Sequence[Sighting], sites: Sequence[
     return found
 
 
+def masked(reply: Reply, grid: Grid) -> dict[str, Tensor]:
+    """The words of one masked answer by name, as if they were no mask: uniform, for who lacks the
+    keys."""
+    _, _, shapes = frames.unpack_answer(_bytes(reply.words["frame"]))
+    found = {}
+    for part, word, side in (("payload", grid.word, False), ("side", 64, True)):
+        content = reply.words[part].reshape(-1).contiguous().numpy()
+        values = torch.from_numpy(masks.signed(masks.from_bytes(content, word), word).copy())
+        mine = [(name, shape) for name, shape in shapes if member.is_side(name) == side]
+        sizes = [math.prod(shape) for _, shape in mine]
+        for (name, shape), value in zip(mine, values.split(sizes), strict=True):
+            found[name] = value.reshape(shape)
+    return found
+
+
 # --- private --------------------------------------------------------------------------------------
 
 
 def _read_by_server(seen: View) -> Iterator[Sighting]:
     done: set[tuple[int, str]] = set()
-    for asked, frames in _exchanges(seen):
-        for frame in frames:
+    for asked, answers in _exchanges(seen):
+        for frame in answers:
             if frame.refused or frame.peer in seen.observer.sites:
                 continue
             own = _own(seen, asked) if frame.peer == SUM else {}
@@ -203,6 +221,8 @@ def _exchanges(seen: View) -> Iterator[tuple[Broadcast, list[Frame]]]:
     down: dict[tuple[str, str], Frame] = {}
     up: dict[tuple[str, str], dict[str, Frame]] = {}
     for frame in seen.frames:
+        if frame.step in _SETUP:
+            continue
         key = (frame.at, frame.question)
         if frame.direction == "down":
             down.setdefault(key, frame)
@@ -212,6 +232,8 @@ def _exchanges(seen: View) -> Iterator[tuple[Broadcast, list[Frame]]]:
     for key, frame in down.items():
         if seen.recording.holds(frame):
             broadcast = wire.unpack_broadcast(seen.recording.payload(frame))
+            if frame.step == ASK:
+                broadcast = wire.unpack_broadcast(_bytes(broadcast.tensors["question"]))
             yield broadcast, list(up.get(key, {}).values())
 
 
@@ -219,7 +241,8 @@ def _change(
     seen: View, asked: Broadcast, frame: Frame, own: Mapping[str, Weights]
 ) -> tuple[dict[str, Tensor], int]:
     """How far the weights moved by this answer, and how many sites it stands for."""
-    words = wire.unpack_reply(seen.recording.payload(frame)).words
+    reply = wire.unpack_reply(seen.recording.payload(frame))
+    words = masked(reply, asked.grid) if frame.step == ASK else reply.words
     parts = [part for name, part in own.items() if name in frame.sites]
     for part in parts:
         words = {name: value - part[name] for name, value in words.items()}
@@ -239,6 +262,10 @@ def _real(asked: Broadcast, words: Weights) -> dict[str, Tensor]:
     weight = float(reals[wire.WEIGHT]) if wire.WEIGHT in reals else 1.0
     sign = -1.0 if asked.algorithm.get("name") in DESCENDING else 1.0
     return {name: (sign * reals[name] / (weight or 1.0)).float() for name in names}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()
 
 
 def _own(seen: View, asked: Broadcast) -> dict[str, Weights]:

@@ -139,3 +139,40 @@ def test_a_run_that_is_not_recorded_leaves_no_truth_behind(tmp_path: Path):
 def test_an_observer_that_is_not_there_is_refused(given: str, says: str):
     with pytest.raises(UnknownName, match=says):
         view.observer(given, ("west", "north"))
+
+
+@pytest.fixture(scope="module")
+def hidden(tmp_path_factory: pytest.TempPathFactory):
+    """The same run under secure aggregation."""
+    federation = small.assemble(
+        tmp_path_factory.mktemp("hidden"), *SETTINGS, "privacy.secure_sum=true"
+    )
+    return federation, dict(small.run(federation).weights)
+
+
+def test_under_secure_aggregation_the_sum_is_the_same_and_single_answers_are_noise(run, hidden):
+    plain, masked = (view.sightings(seen(one, "server")) for one in (run, hidden))
+    assert {(s.round, s.who) for s in masked} == {(s.round, s.who) for s in plain}
+    for name, value in named(plain, 1, "sum").change.items():
+        assert torch.equal(named(masked, 1, "sum").change[name], value)
+    alike = torch.nn.functional.cosine_similarity
+    for site in small.SITES:
+        one, other = named(plain, 1, site).change, named(masked, 1, site).change
+        flat = [torch.cat([c[name].flatten() for name in sorted(one)]) for c in (one, other)]
+        assert abs(float(alike(flat[0], flat[1], dim=0))) < 5 / len(flat[0]) ** 0.5
+        assert not torch.allclose(flat[0], flat[1])
+
+
+def test_a_coalition_reads_the_honest_rest_of_a_masked_sum(run, hidden):
+    plain, masked = (
+        named(view.sightings(seen(one, "coalition:west,east")), 2, "others")
+        for one in (run, hidden)
+    )
+    assert masked.sites == plain.sites == N - 2
+    for name, value in plain.change.items():
+        assert torch.equal(masked.change[name], value)
+
+
+def test_a_site_reads_as_much_of_a_masked_run_as_of_a_plain_one(run, hidden):
+    plain, masked = (view.sightings(seen(one, "site:west")) for one in (run, hidden))
+    assert [(s.round, s.who, s.sites) for s in masked] == [(s.round, s.who, s.sites) for s in plain]
