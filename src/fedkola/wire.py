@@ -122,6 +122,13 @@ def unpack_reply(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Reply:
     )
 
 
+def headline(message: bytes) -> dict[str, Any]:
+    """The header of a message that was read before: everything beside its tensors."""
+    _, length, _ = _PREFIX.unpack_from(message)
+    found: dict[str, Any] = json.loads(message[_PREFIX.size : _PREFIX.size + length])
+    return found
+
+
 def question(message: bytes) -> str:
     """The name of a question, which its answers carry: 16 hex digits of the hash of its bytes."""
     return hashlib.sha256(message).hexdigest()[:16]

@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedkola.audit.canary import CanaryExposure
+from fedkola.audit.checks import Checks
+from fedkola.audit.dager import Dager
 from fedkola.audit.membership import Membership
 from fedkola.audit.presence import Presence
 
 ATTACKS: Mapping[str, type[Any]] = {
+    "dager": Dager,
     "presence": Presence,
     "membership": Membership,
     "canary": CanaryExposure,
+    "checks": Checks,
 }

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
-from fedkola.audit.evidence import Attack, Evidence, Known, Sighting, Truth
-from fedkola.audit.view import MODEL
+from fedkola.audit.evidence import Evidence, Known, Sighting, Truth
+from fedkola.audit.view import MODEL, View
 from fedkola.errors import FedKolaError
 
 TARGETS = ("single", "sum", "model")
@@ -22,10 +23,11 @@ class NotRun:
 
 
 def attacked(
-    seen: Sequence[Sighting],
+    seen: View,
+    sighted: Sequence[Sighting],
     known: Known,
     truth: Truth,
-    attacks: Mapping[str, Attack],
+    attacks: Mapping[str, Any],
     *,
     most: int,
     until: float = inf,
@@ -34,13 +36,24 @@ def attacked(
 ) -> tuple[list[Evidence], list[NotRun]]:
     """Every attack on every kind of target that is there, on at most ``most`` updates of each.
 
+    An attack has ``run``, for changes, or ``examine``, for the frames themselves.
+
     What an attack itself refuses to try is listed with its reason, never left out silently; so is
     what was not begun by the time ``until`` of ``clock``.
     """
     found: list[Evidence] = []
     left: list[NotRun] = []
-    groups = {target: chosen(seen, target, most) for target in TARGETS}
+    groups = {target: chosen(sighted, target, most) for target in TARGETS}
     for name, attack in attacks.items():
+        if hasattr(attack, "examine"):
+            if seen.observer.kind not in ("wire", "server", "coalition"):
+                continue
+            note(f"{name} on the transcript")
+            try:
+                found.append(attack.examine(seen, seed=known.seed))
+            except FedKolaError as error:
+                left.append(NotRun(attack=name, target="transcript", reason=str(error)))
+            continue
         targets: Sequence[str] = getattr(attack, "targets", ("single", "sum"))
         for target, part in groups.items():
             if target not in targets or not part:

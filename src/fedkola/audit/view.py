@@ -134,7 +134,7 @@ def truth(stores: Mapping[str, Path], seen: Sequence[Sighting], sites: Sequence[
     journals = {name: behind.read(stores[name]) for name in sites if name in stores}
     found: dict[tuple[int, str], Sequences] = {}
     for one in seen:
-        own = {name: _sequences(entries, one.round) for name, entries in journals.items()}
+        own = {name: _sequences(entries, one) for name, entries in journals.items()}
         if one.who in own:
             found[one.round, one.who] = own[one.who]
         else:
@@ -152,7 +152,7 @@ def masked(reply: Reply, grid: Grid) -> dict[str, Tensor]:
         values = torch.from_numpy(masks.signed(masks.from_bytes(content, word), word).copy())
         mine = [(name, shape) for name, shape in shapes if member.is_side(name) == side]
         sizes = [math.prod(shape) for _, shape in mine]
-        for (name, shape), value in zip(mine, values.split(sizes), strict=True):
+        for (name, shape), value in zip(mine, torch.split(values, sizes), strict=True):
             found[name] = value.reshape(shape)
     return found
 
@@ -292,6 +292,9 @@ def _protocol(seen: View) -> dict[str, Scalar]:
     return {}
 
 
-def _sequences(entries: Sequence[behind.Entry], round: int) -> Sequences:
-    first = next((entry for entry in entries if entry.round == round), None)
+def _sequences(entries: Sequence[behind.Entry], seen: Sighting) -> Sequences:
+    """What one site read for a change; for the model every sequence of every kept round, once."""
+    if seen.who == MODEL:
+        return tuple(dict.fromkeys(row for entry in entries for row in entry.sequences))
+    first = next((entry for entry in entries if entry.round == seen.round), None)
     return first.sequences if first else ()

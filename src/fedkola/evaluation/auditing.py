@@ -90,6 +90,7 @@ def audit(
         sighted = view.sightings(seen)
         truth = view.truth(stores, sighted, [n for n in roster if n not in one.sites])
         evidence, left = auditor.attacked(
+            seen,
             sighted,
             known,
             truth,
