@@ -11,6 +11,8 @@ from fedkola.audit.view import MODEL, View
 from fedkola.errors import FedKolaError
 
 TARGETS = ("single", "sum", "model")
+# Attacks on what the model itself remembers; the others are on changes.
+OF_MODELS: Mapping[str, tuple[str, ...]] = {"canary": ("model",)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,7 @@ def attacked(
             except FedKolaError as error:
                 left.append(NotRun(attack=name, target="transcript", reason=str(error)))
             continue
-        targets: Sequence[str] = getattr(attack, "targets", ("single", "sum"))
+        targets = OF_MODELS.get(name, getattr(attack, "targets", ("single", "sum")))
         for target, part in groups.items():
             if target not in targets or not part:
                 continue
@@ -68,7 +70,7 @@ def attacked(
             except FedKolaError as error:
                 left.append(NotRun(attack=name, target=target, reason=str(error)))
         if not any(groups[target] for target in targets):
-            reason = f"this observer sees no {' and no '.join(targets)} changes"
+            reason = f"this observer has no {' and no '.join(targets)} to attack"
             left.append(NotRun(attack=name, target="/".join(targets), reason=reason))
     return found, left
 

@@ -49,7 +49,9 @@ READINGS: Mapping[str, Reading] = {
     "embedding_rows": Reading(concern=PRESENCE, measures=("token_recall",)),
     "presence": Reading(concern=PRESENCE, measures=("presence_auc", "matched_auc")),
     "membership": Reading(concern=MEMBERSHIP, measures=("auc", "tpr_at_1_fpr")),
-    "canary": Reading(concern=MEMORY, measures=("exposure", "digits")),
+    "canary": Reading(
+        concern=MEMORY, measures=("exposure_64", "greedy_64", "exposure_16", "greedy_16")
+    ),
     "checks": Reading(concern=TRANSCRIPT, measures=("violations",)),
 }
 

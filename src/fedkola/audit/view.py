@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from fedkola import wire
+from fedkola.algorithms import rebuild
+from fedkola.algorithms.diloco import CHANGE, CHANGES, EXPONENTS, HISTOGRAM, DiLoCo
 from fedkola.audit.evidence import Sequences, Sighting, Truth
 from fedkola.audit.transcript import Frame, Recording
 from fedkola.errors import UnknownName
@@ -32,8 +34,6 @@ from fedkola.types import Aggregate, Broadcast, Grid, Reply, Scalar, Weights
 Kind = Literal["wire", "server", "site", "coalition", "model"]
 KINDS: tuple[Kind, ...] = ("wire", "server", "site", "coalition", "model")
 
-# Algorithms whose answer is how far weights went down, not up.
-DESCENDING = frozenset({"DiLoCo"})
 _SETUP = frozenset({OPEN, SHARE, RELAY, REVEAL})
 SUM, OTHERS, MODEL = "sum", "others", "model"
 
@@ -52,13 +52,15 @@ class Observer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """The frames that an observer saw, the private folders it can read, and the last weights where
-    it has them."""
+    it has them. ``mean`` says that the server takes the plain mean of what sites answer, which the
+    plan tells everybody."""
 
     observer: Observer
     recording: Recording
     frames: tuple[Frame, ...]
     secrets: Mapping[str, Path]
     final: Weights
+    mean: bool = True
 
 
 def observer(text: str, roster: Sequence[str]) -> Observer:
@@ -86,7 +88,12 @@ def observer(text: str, roster: Sequence[str]) -> Observer:
 
 
 def view(
-    recording: Recording, observer: Observer, *, stores: Mapping[str, Path], final: Weights
+    recording: Recording,
+    observer: Observer,
+    *,
+    stores: Mapping[str, Path],
+    final: Weights,
+    mean: bool = True,
 ) -> View:
     """Exactly the frames and secrets of an observer; ``stores`` are the private folders of sites
     that lie on this machine."""
@@ -101,6 +108,7 @@ def view(
         ),
         secrets={name: stores[name] for name in observer.sites if name in stores},
         final=final,
+        mean=mean,
     )
 
 
@@ -162,13 +170,13 @@ def masked(reply: Reply, grid: Grid) -> dict[str, Tensor]:
 
 def _read_by_server(seen: View) -> Iterator[Sighting]:
     done: set[tuple[int, str]] = set()
-    for asked, answers in _exchanges(seen):
+    for asked, before, answers in _exchanges(seen):
         for frame in answers:
             if frame.refused or frame.peer in seen.observer.sites:
                 continue
             own = _own(seen, asked) if frame.peer == SUM else {}
             who = OTHERS if own else frame.peer
-            change, left = _change(seen, asked, frame, own)
+            change, left = _change(seen, asked, frame, own, before)
             if not change or (asked.round, who) in done or left < 1:
                 continue
             done.add((asked.round, who))
@@ -176,7 +184,7 @@ def _read_by_server(seen: View) -> Iterator[Sighting]:
                 round=asked.round,
                 who=who,
                 sites=left,
-                before=asked.tensors,
+                before=before,
                 change=change,
                 protocol=_spec(asked),
             )
@@ -184,40 +192,42 @@ def _read_by_server(seen: View) -> Iterator[Sighting]:
 
 def _read_by_site(seen: View) -> Iterator[Sighting]:
     """Consecutive broadcasts, and the last weights after the last of them."""
-    asked: dict[int, Broadcast] = {}
-    for broadcast, _ in _exchanges(seen):
-        asked.setdefault(broadcast.round, broadcast)
+    asked: dict[int, tuple[Broadcast, Weights]] = {}
+    for broadcast, held, _ in _exchanges(seen):
+        asked.setdefault(broadcast.round, (broadcast, held))
     last = max((frame.round for frame in seen.frames), default=0)
-    for number, before in asked.items():
-        after = seen.final if number == last else None
-        if number + 1 in asked:
-            after = asked[number + 1].tensors
-        if after is None:
+    for number, (question, before) in asked.items():
+        after = asked[number + 1][1] if number + 1 in asked else None
+        if after is None and number == last:
+            after = seen.final
+        if not after:
             continue
-        names = [n for n, v in before.tensors.items() if n in after and v.is_floating_point()]
-        moved = {name: after[name].float() - before.tensors[name].float() for name in names}
-        own, others = _own(seen, before), len(before.cohort) - 1
-        averaged = before.algorithm.get("outer", "average") == "average"
-        if own and others > 0 and averaged:
-            # The mean over all, times how many they are, less the own part, over the rest.
-            part = _real(before, next(iter(own.values())))
+        names = [n for n, v in before.items() if n in after and v.is_floating_point()]
+        moved = {name: after[name].float() - before[name].float() for name in names}
+        own, others = _own(seen, question), len(question.cohort) - 1
+        # The mean over all, times how many they are, less the own part, over the rest.
+        if own and others > 0 and seen.mean:
+            part = _real(question, next(iter(own.values())), before)
             moved = {
                 name: (value * (others + 1) - part.get(name, torch.zeros(()))) / others
                 for name, value in moved.items()
             }
+        else:
+            own = {}
         if any(bool(value.any()) for value in moved.values()):
             yield Sighting(
                 round=number,
                 who=OTHERS if own else SUM,
-                sites=others if own else len(before.cohort),
-                before=before.tensors,
+                sites=others if own else len(question.cohort),
+                before=before,
                 change=moved,
-                protocol=_spec(before),
+                protocol=_spec(question),
             )
 
 
-def _exchanges(seen: View) -> Iterator[tuple[Broadcast, list[Frame]]]:
-    """Every question whose bytes were kept, with its kept answers, in the order asked."""
+def _exchanges(seen: View) -> Iterator[tuple[Broadcast, Weights, list[Frame]]]:
+    """Every question whose bytes were kept, the weights its cohort held then, and its kept answers,
+    in the order asked."""
     down: dict[tuple[str, str], Frame] = {}
     up: dict[tuple[str, str], dict[str, Frame]] = {}
     for frame in seen.frames:
@@ -229,16 +239,40 @@ def _exchanges(seen: View) -> Iterator[tuple[Broadcast, list[Frame]]]:
         elif seen.recording.holds(frame):
             # A round that was asked again after a crash got the same answers again.
             up.setdefault(key, {})[frame.peer] = frame
+    held: dict[str, tuple[int, Weights]] = {}
     for key, frame in down.items():
-        if seen.recording.holds(frame):
-            broadcast = wire.unpack_broadcast(seen.recording.payload(frame))
-            if frame.step == ASK:
-                broadcast = wire.unpack_broadcast(_bytes(broadcast.tensors["question"]))
-            yield broadcast, list(up.get(key, {}).values())
+        if not seen.recording.holds(frame):
+            continue
+        broadcast = wire.unpack_broadcast(seen.recording.payload(frame))
+        if frame.step == ASK:
+            broadcast = wire.unpack_broadcast(_bytes(broadcast.tensors["question"]))
+        before = _held(broadcast, held.get(frame.at))
+        if before:
+            held[frame.at] = broadcast.round, before
+            yield broadcast, before, list(up.get(key, {}).values())
+
+
+def _held(asked: Broadcast, old: tuple[int, Weights] | None) -> Weights:
+    """The weights that a question leaves its cohort with: those it brings, or an earlier round's
+    with the part or the change that it brings; none where the earlier round was not kept."""
+    if asked.algorithm.get("name") != "DiLoCo":
+        return asked.tensors
+    if asked.step != "train":
+        return {}
+    brought = {n: v.float() for n, v in asked.tensors.items() if not n.startswith("side/")}
+    changed = {n.removeprefix(CHANGE): v for n, v in brought.items() if n.startswith(CHANGE)}
+    last, known = old or (0, {})
+    if changed:
+        if last != asked.round - 1 or not set(changed) <= set(known):
+            return {}
+        places = asked.tensors[CHANGES].tolist()
+        steps = zip(changed.items(), places, strict=True)
+        return {**known, **{n: known[n] + step * 2.0**-place for (n, step), place in steps}}
+    return {**known, **brought}
 
 
 def _change(
-    seen: View, asked: Broadcast, frame: Frame, own: Mapping[str, Weights]
+    seen: View, asked: Broadcast, frame: Frame, own: Mapping[str, Weights], before: Weights
 ) -> tuple[dict[str, Tensor], int]:
     """How far the weights moved by this answer, and how many sites it stands for."""
     reply = wire.unpack_reply(seen.recording.payload(frame))
@@ -246,11 +280,15 @@ def _change(
     parts = [part for name, part in own.items() if name in frame.sites]
     for part in parts:
         words = {name: value - part[name] for name, value in words.items()}
-    return _real(asked, words), len(frame.sites) - len(parts)
+    return _real(asked, words, before), len(frame.sites) - len(parts)
 
 
-def _real(asked: Broadcast, words: Weights) -> dict[str, Tensor]:
-    """Words as an attacker reads them: the mean over the weight that stands beside them."""
+def _real(asked: Broadcast, words: Weights, before: Weights) -> dict[str, Tensor]:
+    """How far weights moved by these words as an attacker reads them: the mean over the weight
+    that stands beside them."""
+    algorithm = rebuild(asked.algorithm)
+    if isinstance(algorithm, DiLoCo):
+        return _descended(algorithm, asked, words, before)
     names = [
         name
         for name, value in asked.tensors.items()
@@ -260,8 +298,20 @@ def _real(asked: Broadcast, words: Weights) -> dict[str, Tensor]:
         return {}
     reals = wire.reals(Aggregate(cohort=asked.cohort, words=words, grid=asked.grid))
     weight = float(reals[wire.WEIGHT]) if wire.WEIGHT in reals else 1.0
-    sign = -1.0 if asked.algorithm.get("name") in DESCENDING else 1.0
-    return {name: (sign * reals[name] / (weight or 1.0)).float() for name in names}
+    return {name: (reals[name] / (weight or 1.0)).float() for name in names}
+
+
+def _descended(
+    algorithm: DiLoCo, asked: Broadcast, words: Weights, before: Weights
+) -> dict[str, Tensor]:
+    """DiLoCo answers how far weights went down, on a grid of its own, several to a word."""
+    if asked.step != "train" or not set(words) >= {wire.WEIGHT, HISTOGRAM}:
+        return {}
+    due = algorithm.due(asked.round, before)
+    scale = dict(zip(due, asked.tensors[EXPONENTS].tolist(), strict=True))
+    answer = Aggregate(cohort=asked.cohort, words=words, grid=asked.grid)
+    delta, _ = algorithm.heard(asked.round, scale, answer, before, len(asked.cohort))
+    return {name: -value for name, value in delta.items()}
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -280,9 +330,14 @@ def _own(seen: View, asked: Broadcast) -> dict[str, Weights]:
 
 def _spec(asked: Broadcast) -> dict[str, Scalar]:
     """The protocol that everybody knows: the algorithm and, under its own names, its noise."""
+    algorithm = rebuild(asked.algorithm)
+    steps = {}
+    if isinstance(algorithm, DiLoCo):
+        course = algorithm.course(asked.round)
+        steps = {"inner_steps": course.steps, "total": course.total}
     noise = [guard for guard in asked.guards if guard.get("name") == "record_dp"]
     merged = {key: value for guard in noise for key, value in guard.items() if key != "name"}
-    return {**asked.algorithm, **merged}
+    return {**asked.algorithm, **steps, **merged}
 
 
 def _protocol(seen: View) -> dict[str, Scalar]:

@@ -148,7 +148,12 @@ def _threat(
     not_run: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """One row of the threat table: what an observer held, and a verdict for each concern."""
-    mine = [attack for attack in attacks if attack["observer"] == view["observer"]]
+    # Everybody who takes part has the last weights too.
+    mine = [
+        attack
+        for attack in attacks
+        if attack["observer"] == view["observer"] or attack["target"] == "model"
+    ]
     cells = []
     for concern, _ in CONCERNS:
         own = [attack for attack in mine if attack["concern"] == concern]

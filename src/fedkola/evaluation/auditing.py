@@ -86,7 +86,13 @@ def audit(
     )
     found: list[tuple[Observer, View, list[Evidence], list[auditor.NotRun]]] = []
     for one in who:
-        seen = view.view(recording, one, stores=stores, final=dict(state.weights))
+        seen = view.view(
+            recording,
+            one,
+            stores=stores,
+            final=dict(state.weights),
+            mean=plan.pretrain.outer == "average",
+        )
         sighted = view.sightings(seen)
         truth = view.truth(stores, sighted, [n for n in roster if n not in one.sites])
         evidence, left = auditor.attacked(
