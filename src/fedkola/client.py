@@ -9,6 +9,7 @@ an error stays in the site's own log.
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import traceback
@@ -21,14 +22,16 @@ from torch import Tensor
 
 from fedkola import wire
 from fedkola.algorithms import rebuild
-from fedkola.errors import DataError, FedKolaError, GuardMissing, UnknownCell, UnknownName
+from fedkola.errors import DataError, FedKolaError, UnknownCell, UnknownName
 from fedkola.knowledge import forget, journal, windows
 from fedkola.knowledge.journal import Place
 from fedkola.knowledge.stream import Records
 from fedkola.privacy import behind
+from fedkola.privacy.answering import Answering
 from fedkola.privacy.behind import Behind
 from fedkola.privacy.member import Member
-from fedkola.training import evaluate, features, fit, packing, pretraining, whole
+from fedkola.privacy.record_dp import Sequences
+from fedkola.training import evaluate, features, fit, packing, per_unit, pretraining, whole
 from fedkola.training.model import Foundation, encode
 from fedkola.types import (
     Broadcast,
@@ -38,7 +41,6 @@ from fedkola.types import (
     Dataset,
     Penalty,
     Reply,
-    Spec,
     Update,
     Weights,
 )
@@ -72,10 +74,12 @@ class Site:
         remembers: Callable[[int], bool] | None = None,
         member: Member | None = None,
         rounds: int = 1,
+        budget: float = math.inf,
     ) -> None:
         """``remembers`` says of a round whether the site keeps what stood behind its answers, for
         an audit of a recorded run; None keeps nothing. With ``member`` the site answers under
-        secure aggregation and in no other way."""
+        secure aggregation and in no other way. ``budget`` is the epsilon that the site spends at
+        most, whatever a plan allows."""
         self.name = name
         self.held_out = held_out or data.take(())
         self.catalogue = catalogue
@@ -88,6 +92,8 @@ class Site:
         self._member = member
         self._packed: tuple[Any, tuple[list[list[int]], list[str]]] | None = None
         self._rounds = rounds
+        self._budget = budget
+        self._guarded: Answering | None = None
         self._scopes = {label.code: label.scope for label in catalogue.labels}
         store.mkdir(parents=True, exist_ok=True)
 
@@ -106,7 +112,7 @@ class Site:
             kept = self._outbox(asked, message)
             if kept.exists():
                 return kept.read_bytes()
-            answer = wire.pack_reply(self._reply(asked, message))
+            answer = wire.pack_reply(self._reply(asked, message, kept))
             _write(kept, answer)
         except FedKolaError as error:
             self._log(f"{type(error).__name__}: {error}")
@@ -226,16 +232,12 @@ class Site:
         *,
         kept: Weights,
         seed: int,
-        guards: Sequence[Spec] = (),
     ) -> tuple[Weights, Weights]:
-        """Train the whole model on packed texts; raises GuardMissing for a guard it lacks."""
-        if guards:
-            raise GuardMissing(
-                f"the question asks for {[guard.get('name') for guard in guards]}, which "
-                "pre-training at this site cannot hold; upgrade the site"
-            )
-        sequences = self._sequences(data, course.length, apart=False)[0]
+        """Train the whole model on packed texts; with noise where the question says so."""
         own = self._own_seed(seed)
+        if self._guarded is not None and self._guarded.trains_under():
+            return self._pretrain_noisily(self._guarded, weights, data, course, kept, own)
+        sequences = self._sequences(data, course.length)[0]
         batches = pretraining.drawn(sequences, course, kept=kept, seed=own)
         self._behind = self._behind.and_then(
             Behind(
@@ -250,11 +252,11 @@ class Site:
         )
 
     def nll(self, weights: Weights, data: Dataset, *, length: int, rows: int) -> Tensor:
-        sequences = self._sequences(data, length, apart=False)[0][:rows]
+        sequences = self._sequences(data, length)[0][:rows]
         return whole.nll(self._trainer.foundation, weights, sequences)
 
     def tokens(self, data: Dataset, *, length: int) -> int:
-        return sum(map(len, self._sequences(data, length, apart=False)[0]))
+        return sum(map(len, self._sequences(data, length)[0]))
 
     def concerned(self, *requests: forget.Request) -> list[dict[Place, frozenset[str]]]:
         """(round, scope) -> records concerned, request by request; empty where there are none."""
@@ -319,11 +321,16 @@ class Site:
 
     # --- private ----------------------------------------------------------------------------------
 
-    def _reply(self, asked: Broadcast, message: bytes) -> Reply:
+    def _reply(self, asked: Broadcast, message: bytes, kept: Path) -> Reply:
+        """A new answer, paid for; to be kept under this path."""
         self._behind = Behind()
-        update = _step(asked)(self, asked)
-        words = wire.words(update, asked.grid, asked.cohort)
+        self._guarded = Answering(
+            asked, store=self.store, key=kept.with_suffix(".key"), budget=self._budget
+        )
+        update = self._guarded.update(_step(asked)(self, asked))
+        words = self._guarded.words(wire.words(update, asked.grid, asked.cohort))
         self._remember(asked, message, words)
+        self._guarded.charge()
         return Reply(
             client=self.name,
             question=wire.question(message),
@@ -338,7 +345,7 @@ class Site:
         kept = self._outbox(asked, question)
         if kept.exists():
             return wire.unpack_reply(kept.read_bytes()).words
-        reply = self._reply(asked, question)
+        reply = self._reply(asked, question, kept)
         _write(kept, wire.pack_reply(reply))
         return reply.words
 
@@ -371,14 +378,58 @@ class Site:
                 words=words,
             )
 
+    def _pretrain_noisily(
+        self,
+        guarded: Answering,
+        weights: Weights,
+        data: Dataset,
+        course: Course,
+        kept: Weights,
+        seed: int,
+    ) -> tuple[Weights, Weights]:
+        """DP-SGD in place of the plain gradient; the budget is asked before the first step."""
+        foundation = self._trainer.foundation
+
+        def summed(held: Weights, units: Sequence[Sequences], own: int) -> Weights:
+            return per_unit.clipped_sum(foundation, held, units, guarded.shorten, seed=own)[0]
+
+        units = self._units(data, course.length, guarded.unit)
+        noisy = guarded.gradient(units, course.steps, summed)
+        nothing: list[list[Sequence[int]]] = [[] for _ in range(course.steps)]
+        found = pretraining.advance(
+            foundation, weights, nothing, course, kept=kept, seed=seed, gradient=noisy
+        )
+        noisy.done()
+        read = tuple(tuple(row) for row in noisy.read)
+        self._behind = self._behind.and_then(
+            Behind(kind="whole", sequences=read, steps=course.steps, adaptive=True)
+        )
+        return found
+
+    def _units(self, data: Dataset, length: int, unit: str) -> list[list[list[int]]]:
+        """The sequences of every patient, or of every record; a record without one stands alone."""
+        pairs = zip(data.patients, data.records, strict=True)
+        owners = [patient or record for patient, record in pairs]
+        if unit == "record":
+            owners = list(data.records)
+        held: dict[str, list[list[int]]] = {}
+        for sequence, owner in zip(*self._sequences(data, length, owners), strict=True):
+            held.setdefault(owner, []).append(sequence)
+        return list(held.values())
+
     def _sequences(
-        self, data: Dataset, length: int, *, apart: bool
+        self, data: Dataset, length: int, owners: Sequence[str] = ()
     ) -> tuple[list[list[int]], list[str]]:
-        """Packed texts and the unit of each; the last ones are kept, as rounds ask again."""
-        key = (data.texts, data.patients, length, apart)
+        """Packed texts and, where there are owners, whose each is, so that none mixes two of them;
+        the last ones are kept, as rounds ask again."""
+        key = (data.texts, tuple(owners), length)
         if self._packed is None or self._packed[0] != key:
             found = packing.pack(
-                self._trainer.foundation, data.texts, data.patients, length=length, apart=apart
+                self._trainer.foundation,
+                data.texts,
+                owners or data.patients,
+                length=length,
+                apart=bool(owners),
             )
             self._packed = (key, found)
         return self._packed[1]

@@ -99,7 +99,7 @@ class Scenario:
     """What goes wrong. By site: the share of labels replaced, the first round it answers, the
     round after which it leaves and is forgotten, or only answers no more (``quit``), the windows
     by which news reaches it later (``release``), the scopes it may use (``access``; a site that is
-    not named may use all).
+    not named may use all), the epsilon that it may spend at most (``budget``).
 
     ``availability`` says how sites come and go: "full", "bernoulli", "markov" or "diurnal", with
     ``absent`` the long-run share of rounds that a site misses and ``spell`` the mean length of an
@@ -112,6 +112,7 @@ class Scenario:
     quit: Mapping[str, int] = field(default_factory=dict)
     release: Mapping[str, int] = field(default_factory=dict)
     access: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    budget: Mapping[str, float] = field(default_factory=dict)
     availability: str = "full"
     absent: float = 0.3
     spell: float = 3.0
@@ -233,13 +234,24 @@ class Knowledge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Privacy:
-    """``epsilon`` inf makes no formal claim. ``colluders`` is the number of sites that may work
-    together with the server under secure aggregation."""
+    """``epsilon`` inf makes no formal claim. A finite one needs a ``level``: "record" adds noise
+    at each site for every ``unit`` ("patient" or "record") of it, "pooled" hides a unit and "site"
+    a whole site by noise inside a secure sum, of which ``absent`` addends may be missing. ``clip``
+    bounds the norm of one unit's gradient or one site's change, ``sequences`` how many sequences
+    of a unit a step reads. ``units`` is the public number of units that every site has at least
+    (0: each takes its own number for no secret). ``colluders`` is the number of sites that may
+    work together with the server under secure aggregation."""
 
     secure_sum: bool = False
     colluders: int = 0
     epsilon: float = inf
     delta: float = 1e-6
+    level: str = "record"
+    unit: str = "patient"
+    clip: float = 1.0
+    units: int = 0
+    sequences: int = 4
+    absent: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,6 +327,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "scenario.leave": (1, _WORD),
     "scenario.quit": (1, _WORD),
     "scenario.release": (0, _WORD),
+    "scenario.budget": (_TINY, inf),
     "scenario.absent": (0, 1),
     "scenario.spell": (1, _HUGE),
     "cohort.size": (0, _WORD),
@@ -377,8 +390,14 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "privacy.colluders": (0, _WORD),
     "privacy.epsilon": (_TINY, inf),
     "privacy.delta": (0, 1),
+    "privacy.clip": (_TINY, _HUGE),
+    "privacy.units": (0, _WORD),
+    "privacy.sequences": (1, _WORD),
+    "privacy.absent": (0, _WORD),
     "engine.order": (0, _WORD),
 }
+_LEVELS = ("record", "pooled", "site")
+_UNITS = ("patient", "record")
 _AVAILABILITY = ("full", "bernoulli", "markov", "diurnal")
 _POOLINGS = ("mean", "last")
 _OUTER = ("average", "nesterov", "primal", "tune")
@@ -672,6 +691,8 @@ def _check(plan: Plan) -> None:
         ("pretrain.down", plan.pretrain.down, _DOWN),
         ("pretrain.weight", plan.pretrain.weight, _WEIGHTS),
         ("pretrain.precision", plan.pretrain.precision, _PRECISIONS),
+        ("privacy.level", plan.privacy.level, _LEVELS),
+        ("privacy.unit", plan.privacy.unit, _UNITS),
         ("scenario.availability", plan.scenario.availability, _AVAILABILITY),
     ):
         if given not in known:

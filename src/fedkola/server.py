@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,25 @@ from fedkola.knowledge.compact import Policy
 from fedkola.knowledge.stream import Stream, in_rounds
 from fedkola.ledger import Ledger
 from fedkola.plan import Plan, as_dict, digest
-from fedkola.privacy import secure_sum
+from fedkola.privacy import guards, secure_sum
 from fedkola.privacy.guards import Guarded
 from fedkola.privacy.member import LEAST, Rules
+from fedkola.privacy.record_dp import RecordDP
 from fedkola.privacy.secure_sum import Enrolled
+from fedkola.privacy.sum_dp import PooledDP, SiteDP
 from fedkola.training import adapters, features, model
 from fedkola.training.model import Foundation
-from fedkola.types import Algorithm, Catalogue, Clients, Cohort, Engine, Event, Report, Visibility
+from fedkola.types import (
+    Algorithm,
+    Catalogue,
+    Clients,
+    Cohort,
+    Engine,
+    Event,
+    Report,
+    Spent,
+    Visibility,
+)
 
 CLIP = 16.0
 
@@ -61,11 +73,6 @@ def check(plan: Plan) -> None:
     """Refuse before round 1 what could not hold: unknown names, protections this version lacks."""
     _known("algorithm.name", plan.algorithm.name, ALGORITHMS)
     _known("engine.name", plan.engine.name, ENGINES)
-    if isfinite(plan.privacy.epsilon):
-        raise Incompatible(
-            f"privacy.epsilon = {plan.privacy.epsilon}: this version adds no noise and can promise "
-            "no epsilon; set it to inf knowingly"
-        )
     if plan.quality.mode != "off":
         raise Incompatible(f"quality.mode = {plan.quality.mode!r}: this version only has 'off'")
     if plan.knowledge.membership != "padded":
@@ -86,6 +93,24 @@ def check(plan: Plan) -> None:
         )
     if plan.privacy.secure_sum:
         _check_secure(plan)
+    guard(plan)
+
+
+def guard(plan: Plan) -> RecordDP | SiteDP | PooledDP | None:
+    """The guard that keeps the plan's epsilon, None where it promises none.
+
+    Raises Incompatible for an algorithm that cannot work under it, BudgetUnreachable where the
+    plan alone shows that no noise is enough.
+    """
+    method, name = ALGORITHMS[plan.algorithm.name], guards.demanded(plan)
+    if name and name not in getattr(method, "guards", ()):
+        able = [one for one, cls in ALGORITHMS.items() if name in getattr(cls, "guards", ())]
+        raise Incompatible(
+            f'privacy.epsilon = {plan.privacy.epsilon:g} with privacy.level = "'
+            f'{plan.privacy.level}": {plan.algorithm.name} adds no such noise and can promise no '
+            f"epsilon; set algorithm.name to {', '.join(able)}, or epsilon to inf knowingly"
+        )
+    return guards.of(plan, method.releases(plan)) if name else None
 
 
 def assemble(
@@ -131,6 +156,7 @@ def assemble(
             store=folder / "sites" / name,
             held_out=never,
             remembers=keep,
+            budget=plan.scenario.budget.get(name, inf),
             member=secured.member(name, folder / "sites" / name) if secured else None,
             rounds=plan.run.rounds_per_window,
         )
@@ -168,7 +194,9 @@ def connect(
     clients: Clients = secured.over(engine) if secured else engine
     if transcript is not None:
         clients = SumTap(clients, transcript)
-    return Guarded(clients, run=plan.run.name, seed=plan.run.seed)
+    held = guard(plan)
+    specs = () if held is None else (guards.spec(held),)
+    return Guarded(clients, run=plan.run.name, seed=plan.run.seed, guards=specs)
 
 
 def enrolled(plan: Plan, folder: Path, names: Sequence[str], base: Foundation) -> Enrolled | None:
@@ -239,7 +267,7 @@ def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: P
     plan's minimum are there or answer; what was committed stays and the run can be resumed.
     """
     plan, algorithm, clients = federation.plan, federation.algorithm, federation.clients
-    name = plan.run.name
+    name, held = plan.run.name, guard(plan)
     ledger.start(name, as_dict(plan), digest(plan), now=time.time())
     removal.finish(federation, ledger)
     state, done = load_state(federation, ledger)
@@ -261,6 +289,7 @@ def run(federation: Federation, ledger: Ledger, *, observe: Observe, progress: P
             bytes_up=tally.bytes_up,
             seconds=seconds,
             cpu_seconds=cpu_seconds,
+            spent=_spent(held, algorithm, number),
         )
         document, tensors = wire.dump(after)
         events = getattr(algorithm, "events", _no_events)(state, after)
@@ -386,6 +415,10 @@ def _recorded(federation: Federation) -> dict[str, str]:
     """The head of the transcript, which the ledger keeps so that none of it can be cut off."""
     found = federation.transcript
     return {} if found is None else {"transcript": found.head}
+
+
+def _spent(held: RecordDP | SiteDP | PooledDP | None, algorithm: Any, number: int) -> Spent | None:
+    return None if held is None else guards.spent(held, algorithm.steps_until(number))
 
 
 def _no_events(before: Any, after: Any) -> tuple[Event, ...]:

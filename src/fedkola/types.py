@@ -359,12 +359,11 @@ class Client(Protocol):
         *,
         kept: Weights,
         seed: int,
-        guards: Sequence[Spec] = (),
     ) -> tuple[Weights, Weights]:
         """Train the whole model on packed texts: its weights, and what to keep for the next time.
 
-        ``kept`` is what an earlier call returned ({}: nothing yet). ``guards`` are those of the
-        question; one that this site does not have is refused.
+        ``kept`` is what an earlier call returned ({}: nothing yet). Where a guard of the question
+        says so, every gradient carries noise and no sequence holds two units.
         """
         ...
 
@@ -459,9 +458,20 @@ Rule = Callable[[Sequence[Aggregate]], Weights]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spent:
+    """The server's copy of the privacy account: the most that a site which answered every round
+    so far has spent for one unit. Sites keep accounts of their own, and those decide."""
+
+    unit: str
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """One row per round, the same for every engine. Times are those of the exchanges alone, in
-    seconds of the clock and of all processor cores together; measuring is not counted."""
+    seconds of the clock and of all processor cores together; measuring is not counted. ``spent``
+    is None where no epsilon is claimed."""
 
     round: int
     cohort: Cohort
@@ -471,6 +481,7 @@ class Report:
     bytes_up: int
     seconds: float
     cpu_seconds: float
+    spent: Spent | None = None
 
 
 Event = Mapping[str, Any]

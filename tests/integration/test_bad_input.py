@@ -137,7 +137,7 @@ def test_a_demand_for_privacy_that_cannot_be_met_is_refused_before_anything_is_w
     fedkola: Fedkola, plan_of: Write
 ) -> None:
     words = ("run", plan_of(), "--set", "privacy.epsilon=3")
-    refused(fedkola, *words, error="Incompatible", code=2, says="this version adds no noise")
+    refused(fedkola, *words, error="Incompatible", code=2, says="adds no such noise")
     assert not Path("runs").exists()
 
 

@@ -41,7 +41,7 @@ RECORD = Request(kind="record", site="east", name="east-4")
     [
         ("algorithm.name=sgd", UnknownName, "algorithm.name = 'sgd'"),
         ("engine.name=flower", UnknownName, "engine.name = 'flower'"),
-        ("privacy.epsilon=8", Incompatible, "no epsilon"),
+        ("privacy.epsilon=8", Incompatible, "can promise no epsilon"),
         ("quality.mode=robust", Incompatible, "quality.mode"),
         ("knowledge.membership=enrolled", Incompatible, "padded"),
         ("algorithm.ranks.north=2", Incompatible, "cannot add"),

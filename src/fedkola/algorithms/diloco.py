@@ -30,7 +30,8 @@ from torch import Tensor
 from fedkola.algorithms import common_grid as grids
 from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.setting import Setting
-from fedkola.errors import Incompatible, StaleUpdate
+from fedkola.errors import GuardMissing, Incompatible, StaleUpdate
+from fedkola.plan import Plan
 from fedkola.training import pretraining
 from fedkola.training.pretraining import CURSOR
 from fedkola.types import (
@@ -84,6 +85,7 @@ class State:
 class DiLoCo:
     needs: ClassVar[Visibility] = Visibility.SUM
     whole: ClassVar[bool] = True
+    guards: ClassVar[tuple[str, ...]] = ("record_dp",)
     rounds: int
     inner_steps: int
     growth: float
@@ -108,8 +110,16 @@ class DiLoCo:
 
     @classmethod
     def of(cls, setting: Setting) -> Self:
-        """Raises Incompatible for "tune" without held-out records to tune on."""
+        """Raises Incompatible for "tune" without held-out records to tune on, and for what would
+        tell of private text without noise where the plan promises an epsilon."""
         plan, p = setting.plan, setting.plan.pretrain
+        if math.isfinite(plan.privacy.epsilon) and (p.outer == "tune" or p.weight != "equal"):
+            raise Incompatible(
+                f"privacy.epsilon = {plan.privacy.epsilon:g} covers noisy gradients alone; "
+                f'pretrain.outer = "{p.outer}" and pretrain.weight = "{p.weight}" would send '
+                'held-out losses or token counts: set outer to "average", "nesterov" or "primal" '
+                'and weight to "equal"'
+            )
         if p.outer == "tune" and not plan.knowledge.held_out:
             raise Incompatible(
                 'pretrain.outer = "tune" compares settings on records that sites hold out, and '
@@ -138,6 +148,11 @@ class DiLoCo:
             mu=p.outer_momentum,
             down=p.down,
         )
+
+    @staticmethod
+    def releases(plan: Plan) -> int:
+        """Gradients of a site in a whole run: what a guarantee is spread over."""
+        return (plan.run.rounds or plan.task.windows) * plan.pretrain.inner_steps
 
     def start(self, weights: Weights) -> State:
         return State(weights=dict(weights))
@@ -252,6 +267,11 @@ class DiLoCo:
     def train(self, client: Client, asked: Broadcast) -> Update:
         """The rounded change of the fragment due, the weight, and the histograms of the change."""
         number, num = asked.round, len(asked.cohort)
+        if asked.guards and self.weight != "equal":
+            raise GuardMissing(
+                f'pretrain.weight = "{self.weight}" tells how much text this site has, which no '
+                'guard covers; ask with "equal"'
+            )
         kept, last = pretraining.remembered(client.store, before=number)
         held, fast = self._received(asked, kept, last)
         data = client.knowledge.until(number)
@@ -262,7 +282,6 @@ class DiLoCo:
             self.course(number, rewarm=not last or away > FORGIVEN),
             kept={n: v for n, v in kept.items() if n == CURSOR} if away > FORGIVEN else kept,
             seed=self.seed,
-            guards=asked.guards,
         )
         due = self.due(number, held)
         weight = self._weight(client, data)
@@ -308,11 +327,11 @@ class DiLoCo:
 
     def course(self, number: int, *, rewarm: bool = False) -> Course:
         """What a site trains in a round."""
-        start, end = self._until(number - 1), self._until(number)
+        start, end = self.steps_until(number - 1), self.steps_until(number)
         return Course(
             steps=end - start,
             start=start,
-            total=self._until(self.rounds),
+            total=self.steps_until(self.rounds),
             batch=self.batch,
             length=self.length,
             lr=self.lr,
@@ -327,15 +346,15 @@ class DiLoCo:
         """The names of the fragment that a round carries, in order."""
         return sorted(n for n in weights if fragment(n, self.fragments) == number % self.fragments)
 
-    # --- private ----------------------------------------------------------------------------------
-
-    def _until(self, number: int) -> int:
+    def steps_until(self, number: int) -> int:
         """Steps done after a round; every round has one at least."""
         total = self.rounds * self.inner_steps
         if number >= self.rounds:
             return total + (number - self.rounds) * self.inner_steps
         share = math.pow(number / self.rounds, self.growth)
         return max(round(total * share), number)
+
+    # --- private ----------------------------------------------------------------------------------
 
     def _unit(self) -> int:
         """What an integer weight is divided by: the addend of a site is its share of the grid."""
@@ -351,7 +370,7 @@ class DiLoCo:
         """A range of twice the sum of the rates since the fragment's last turn: AdamW moves a
         coordinate by about the rate."""
         since = max(number - self.fragments, 0)
-        steps = self._until(number) - self._until(since)
+        steps = self.steps_until(number) - self.steps_until(since)
         return {name: grids.first(self.bits, 2 * self.lr * steps) for name in due}
 
     def _sent(self, number: int, state: State, cohort: Cohort) -> tuple[dict[str, Tensor], Weights]:

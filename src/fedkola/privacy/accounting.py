@@ -27,6 +27,7 @@ ACCOUNT = "account.json"
 VERSION = 1
 LEAST_NOISE, MOST_NOISE = 0.5, 128.0
 TOLERANCE = 2e-3
+FINE, COARSE = 1e-4, 1e-3
 # From the finest to the coarsest: what hides a whole patient also hides each of its records.
 UNITS = ("record", "patient", "site")
 
@@ -56,12 +57,12 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One answer that left or is about to: the name of its noise key, run, round and cost."""
+    """One answer that left or is about to: the name of its noise key, run, round and costs."""
 
     exchange: str
     run: str
     round: int
-    cost: Cost
+    costs: tuple[Cost, ...]
 
 
 def epsilon(costs: Iterable[Cost], *, unit: str, delta: float) -> float:
@@ -77,7 +78,7 @@ def epsilon(costs: Iterable[Cost], *, unit: str, delta: float) -> float:
                 return math.inf
             merged[cost.noise, cost.rate] += cost.count
     releases = tuple(sorted((noise, rate, count) for (noise, rate), count in merged.items()))
-    return _composed(releases, delta)
+    return _composed(releases, delta, FINE)
 
 
 def noise_for(limit: Limit, *, rate: float, count: int) -> float:
@@ -88,8 +89,8 @@ def noise_for(limit: Limit, *, rate: float, count: int) -> float:
     """
 
     def spent(noise: float) -> float:
-        cost = Cost(unit=limit.unit, noise=noise, rate=rate, count=count)
-        return epsilon([cost], unit=limit.unit, delta=limit.delta)
+        # Coarser steps of the loss are ten times as fast, and err to the safe side.
+        return _composed(((noise, rate, count),), limit.delta, COARSE)
 
     if math.isinf(limit.epsilon):
         return LEAST_NOISE
@@ -160,7 +161,7 @@ def entries(store: Path) -> tuple[Entry, ...]:
 
 def spent(store: Path, *, unit: str, delta: float) -> float:
     """The epsilon that this site has spent for one unit."""
-    return epsilon((entry.cost for entry in entries(store)), unit=unit, delta=delta)
+    return epsilon(_costs(entries(store)), unit=unit, delta=delta)
 
 
 def demand(store: Path, limit: Limit, new: Entry) -> None:
@@ -171,8 +172,8 @@ def demand(store: Path, limit: Limit, new: Entry) -> None:
     held = entries(store)
     if any(entry.exchange == new.exchange for entry in held):
         return
-    costs = [entry.cost for entry in held]
-    need = epsilon([*costs, new.cost], unit=limit.unit, delta=limit.delta)
+    costs = _costs(held)
+    need = epsilon([*costs, *new.costs], unit=limit.unit, delta=limit.delta)
     if need > limit.epsilon:
         before = epsilon(costs, unit=limit.unit, delta=limit.delta)
         raise BudgetExhausted(
@@ -190,10 +191,10 @@ def charge(store: Path, new: Entry) -> None:
     held = entries(store)
     for entry in held:
         if entry.exchange == new.exchange:
-            if entry.cost != new.cost:
+            if entry.costs != new.costs:
                 raise PrivacyError(
-                    f"exchange {new.exchange} was charged as {entry.cost} and now costs "
-                    f"{new.cost}; one noise serves one release"
+                    f"exchange {new.exchange} was charged as {entry.costs} and now costs "
+                    f"{new.costs}; one noise serves one release"
                 )
             return
     document = {"version": VERSION, "entries": [asdict(entry) for entry in (*held, new)]}
@@ -204,14 +205,17 @@ def charge(store: Path, new: Entry) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _composed(releases: tuple[tuple[float, float, int], ...], delta: float) -> float:
-    """The epsilon of (noise, rate, count) releases; pessimistic, as dp-accounting rounds up."""
+def _composed(
+    releases: tuple[tuple[float, float, int], ...], delta: float, interval: float
+) -> float:
+    """The epsilon of (noise, rate, count) releases; pessimistic, as dp-accounting rounds losses up
+    to multiples of ``interval``."""
     if not releases:
         return 0.0
     from dp_accounting.pld import PLDAccountant
 
     costs = [Cost(unit="", noise=s, rate=r, count=n) for s, r, n in releases]
-    accountant = PLDAccountant()
+    accountant = PLDAccountant(value_discretization_interval=interval)
     accountant.compose(event(costs))
     return float(accountant.get_epsilon(delta))
 
@@ -223,18 +227,24 @@ def _read(document: Mapping[str, Any]) -> tuple[Entry, ...]:
 
 
 def _entry(row: Mapping[str, Any]) -> Entry:
-    cost = row["cost"]
-    entry = Entry(
+    return Entry(
         exchange=str(row["exchange"]),
         run=str(row["run"]),
         round=int(row["round"]),
-        cost=Cost(
-            unit=str(cost["unit"]),
-            noise=float(cost["noise"]),
-            rate=float(cost["rate"]),
-            count=int(cost["count"]),
-        ),
+        costs=tuple(map(_cost, row["costs"])),
     )
-    if entry.cost.unit not in UNITS:
-        raise ValueError(f"unit {entry.cost.unit!r}")
-    return entry
+
+
+def _cost(row: Mapping[str, Any]) -> Cost:
+    if row["unit"] not in UNITS:
+        raise ValueError(f"unit {row['unit']!r}")
+    return Cost(
+        unit=row["unit"],
+        noise=float(row["noise"]),
+        rate=float(row["rate"]),
+        count=int(row["count"]),
+    )
+
+
+def _costs(held: Iterable[Entry]) -> list[Cost]:
+    return [cost for entry in held for cost in entry.costs]

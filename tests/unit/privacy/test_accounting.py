@@ -34,7 +34,7 @@ def cost(*, unit: str = "patient", noise: float = 1.0, rate: float = 0.05, count
 
 
 def entry(exchange: str, *, round: int = 1, **values: float) -> Entry:
-    return Entry(exchange=exchange, run="r", round=round, cost=cost(**values))
+    return Entry(exchange=exchange, run="r", round=round, costs=(cost(**values),))
 
 
 def limit(epsilon: float, *, unit: str = "patient", delta: float = 1e-5) -> Limit:
@@ -152,7 +152,7 @@ def replace(*args):
     if sys.argv[2] == "after": os.kill(os.getpid(), signal.SIGKILL)
 durable.os.replace = replace
 cost = Cost(unit="patient", noise=1.0, rate=0.05, count=8)
-accounting.charge(Path(sys.argv[1]), Entry(exchange="x2", run="r", round=2, cost=cost))
+accounting.charge(Path(sys.argv[1]), Entry(exchange="x2", run="r", round=2, costs=(cost,)))
 """
 
 
