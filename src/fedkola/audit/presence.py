@@ -50,7 +50,10 @@ Rows = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Presence:
-    """``shadows`` exchanges (half of them from 64 local steps on) teach a network of ``hidden``."""
+    """``shadows`` exchanges (half of them from 64 local steps on) teach a network of ``hidden``.
+
+    Changes of the last ``rounds`` rounds are attacked, since each round needs its own shadows.
+    """
 
     name: ClassVar[str] = "presence"
     shadows: int = 6
@@ -58,6 +61,10 @@ class Presence:
     steps: int = 300
     lr: float = 3e-3
     weight_decay: float = 1e-4
+    rounds: int = 20
+
+    def quick(self) -> "Presence":
+        return replace(self, shadows=3, rounds=1)
 
     def run(self, seen: Sequence[Sighting], known: Known, truth: Truth) -> Evidence:
         """Score every row of the vocabulary in every sighting of which the truth is known.
@@ -70,6 +77,8 @@ class Presence:
         own = shadow.own_text(known, seen[0].protocol)
         bench = _Bench(attack=self, known=known, own=own)
         fair = [s for s in seen if _fair(bench, truth.get((s.round, s.who), ()))]
+        last = sorted({s.round for s in fair})[-self.rounds :]
+        fair = [s for s in fair if s.round in last]
         if not fair:
             raise DataError(
                 f"of {len(seen)} changes none has {FEW} tokens that were used and {FEW} that were "
@@ -94,16 +103,18 @@ class Presence:
         )
 
 
+_Key = tuple[int, int, Recipe, frozenset[str]]
+
+
 @dataclass(slots=True, kw_only=True)
 class _Bench:
-    """The attacker's table: its text, and networks taught so far by round, sites and recipe."""
+    """The attacker's table: its text, and networks taught so far by round, sites, recipe and the
+    tensors that are sent."""
 
     attack: Presence
     known: Known
     own: list[list[int]]
-    taught: dict[tuple[int, int, Recipe], tuple[Net, Net, list[Shadow]]] = field(
-        default_factory=dict
-    )
+    taught: dict[_Key, tuple[Net, Net, list[Shadow]]] = field(default_factory=dict)
 
     @property
     def table(self) -> str:
@@ -187,6 +198,12 @@ def _standard(columns: Tensor) -> Tensor:
     return centred / centred.std(dim=0).clamp_min(1e-9)
 
 
+def _described(bench: _Bench, seen: Sighting, change: Weights) -> Tensor:
+    """The rows as far as the sighting shows tensors."""
+    shown = {name: value for name, value in change.items() if name in seen.change}
+    return described(seen.before, shown, bench.table)
+
+
 def _prior(bench: _Bench, before: Weights) -> Tensor:
     """What is known of every row without the change: the model's own, and the public frequency."""
     own = before[bench.table].float()
@@ -201,7 +218,7 @@ def _taught(
     bench: _Bench, seen: Sighting, how: Recipe, sites: int
 ) -> tuple[Net, Net, list[Shadow]]:
     """The network, its blind twin and the shadows behind both, made once."""
-    key = (seen.round, sites, how)
+    key = (seen.round, sites, how, frozenset(seen.change))
     if key in bench.taught:
         return bench.taught[key]
     attack, known = bench.attack, bench.known
@@ -212,7 +229,7 @@ def _taught(
         pools = shadow.dealt(bench.own, sites, seed=seed)
         made.append(shadow.shadow(known.foundation, seen.before, how, pools, seed=seed))
     wanted = torch.from_numpy(np.stack([_present(s.used, bench.rows) for s in made])).float()
-    sighted = torch.stack([described(seen.before, s.change, bench.table) for s in made])
+    sighted = torch.stack([_described(bench, seen, s.change) for s in made])
     blind = _prior(bench, seen.before).expand(number, -1, -1)
     bench.taught[key] = (
         _fitted(attack, sighted, wanted, seed=known.seed),
@@ -248,7 +265,7 @@ def _attacked(
     bench: _Bench, seen: Sighting, truth: Truth, fair: Sequence[Sighting]
 ) -> dict[str, Measure]:
     net, blind, made = _taught(bench, seen, _recipe(seen, truth), seen.sites)
-    scores = _scored(net, described(seen.before, seen.change, bench.table))
+    scores = _scored(net, _described(bench, seen, seen.change))
     prior = _scored(blind, _prior(bench, seen.before))
     own = truth[(seen.round, seen.who)]
     others = [s for s in fair if (s.round, s.who) != (seen.round, seen.who)]
@@ -343,6 +360,7 @@ def _control(bench: _Bench, seen: Sighting, truth: Truth) -> float:
     Records are taken until half of the rows are used, so that there are rows to tell apart.
     """
     how = _recipe(seen, truth).open()
+    seen = replace(seen, change=dict(seen.before))  # every tensor is sent
     records: list[Ids] = []
     for record in truth[(seen.round, seen.who)]:
         if _present([*records, record], bench.rows).mean() > 0.5 and records:
@@ -354,7 +372,7 @@ def _control(bench: _Bench, seen: Sighting, truth: Truth) -> float:
         bench.known.foundation, seen.before, how, [records], seed=bench.known.seed + 7919
     )
     there = _present(made.used, bench.rows)
-    scores = _scored(net, described(seen.before, made.change, bench.table))
+    scores = _scored(net, _described(bench, seen, made.change))
     return auc(scores[there].tolist(), scores[~there].tolist())
 
 

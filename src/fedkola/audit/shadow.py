@@ -65,7 +65,7 @@ def recipe(sighting: Sighting, *, held: int = 0) -> Recipe:
     (required), ``rounds`` and fields of ``Local``; of the guard ``record_dp`` ``clip``, ``units``
     and ``sigma``, or what sigma follows from (``unit``, ``epsilon``, ``delta``, ``steps``).
     ``held`` is how many units a site holds, where the guard declares none. Tensors without a change
-    are frozen. Raises DataError for a protocol that does not train so.
+    are frozen, unless fragments take turns. Raises DataError for a protocol that does not train so.
     """
     spec = sighting.protocol
     absent = [name for name in ("inner_steps", "batch", "lr") if not number(spec.get(name))]
@@ -77,6 +77,7 @@ def recipe(sighting: Sighting, *, held: int = 0) -> Recipe:
     steps, local = _course(spec, max(sighting.round, 1))
     batch = int(number(spec["batch"]))
     units = int(number(spec.get("units"))) or held
+    parts = number(spec.get("fragments")) > 1  # what is not sent now is trained all the same
     sigma = _sigma(spec, batch, units)
     return Recipe(
         steps=steps,
@@ -86,7 +87,7 @@ def recipe(sighting: Sighting, *, held: int = 0) -> Recipe:
         bound=(number(spec.get("clip")) or 1.0) if sigma else 1.0,
         units=units,
         warm=sighting.round > 1 and local.optimiser == "adamw",
-        frozen=frozenset(still(sighting.before, sighting.change)),
+        frozen=frozenset() if parts else frozenset(still(sighting.before, sighting.change)),
     )
 
 

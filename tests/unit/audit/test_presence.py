@@ -113,6 +113,26 @@ def test_an_embedding_that_stays_is_read_through_the_other_matrices(
     assert bool(rows.isfinite().all())
 
 
+def test_of_fragments_that_take_turns_only_what_was_sent_is_read(
+    gpt: Foundation, known: Known
+) -> None:
+    table = embedding(gpt)
+    seen, truth = exchange(gpt, still=table, fragments=2)
+    assert shadow.recipe(seen).frozen == frozenset()
+    found = Presence(shadows=2).run([seen], known, truth)
+    assert found.control.passed
+
+
+def test_a_quick_attack_takes_the_last_round(gpt: Foundation, known: Known) -> None:
+    first, truth = exchange(gpt)
+    second, other = exchange(gpt, seed=4)
+    later = replace(second, round=2, who="b")
+    both = {**truth, (2, "b"): other[(1, second.who)]}
+    found = Presence().quick().run([first, later], known, both)
+    assert found.updates == 1
+    assert found.measures["presence_auc"].value > 0.9
+
+
 def test_nothing_is_tried_where_no_token_is_absent(gpt: Foundation, known: Known) -> None:
     seen, _ = exchange(gpt)
     everything = (tuple(range(len(seen.before[embedding(gpt)]))),)
