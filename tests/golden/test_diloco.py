@@ -243,6 +243,32 @@ def test_changes_are_sent_in_a_byte_and_what_they_lose_is_carried_over(tmp_path:
     assert 0 < float((held["w"] - near.weights["w"]).abs().max()) < 0.01
 
 
+def test_every_tensor_has_a_grid_of_its_own_both_ways(tmp_path: Path) -> None:
+    """Twenty tensors of very different sizes, whose order a message does not keep."""
+    sizes = {f"t{number}": 2.0 ** (number - 17) for number in range(20)}
+
+    def scaled(site: str, weights: Weights) -> dict[str, Tensor]:
+        step = {"A": 0.25, "B": 0.5, "C": 0.75}[site]
+        return {name: value - step * sizes[name] for name, value in weights.items()}
+
+    method = plan(rounds=9, down="change")
+    clients = joined(sites(tmp_path, scaled))
+    state = State(weights={name: torch.zeros(50) for name in sizes})
+    for number in range(1, 7):
+        state = method.round(number, state, COHORT, clients)
+    assert not clients.tally().refused
+    step = {name: 2.0**-exponent for name, exponent in state.scale.items()}
+    for name, size in sizes.items():
+        # The grid of small tensors is still coming down from the first one, by two bits a round.
+        assert torch.allclose(
+            state.weights[name], torch.tensor(-3.0 * size), atol=0.05 * size + 0.04, rtol=0.02
+        ), (name, size, step[name])
+    _, held, _ = method.question(7, state, COHORT)
+    for name in sizes:
+        near = float((held[name] - state.weights[name]).abs().max())
+        assert near <= 0.01 * float(state.weights[name].abs().max()) + 1e-6
+
+
 def test_a_change_is_only_sent_to_sites_that_hold_what_it_changes(tmp_path: Path) -> None:
     method = plan(rounds=9, down="change")
     big = {"w": torch.linspace(-3, 3, 20_000)}

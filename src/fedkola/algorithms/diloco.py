@@ -386,7 +386,7 @@ class DiLoCo:
             sent = {name: state.weights[name].half() for name in names}
             return sent, {name: value.float() for name, value in sent.items()}
         sent, held, exponents = {}, dict(state.held), []
-        for name in names:
+        for name in sorted(names):
             step = state.weights[name] - state.held[name]
             exponent = _finest(step)
             whole = torch.round(step * 2.0**exponent).clamp(-127, 127)
@@ -415,8 +415,9 @@ class DiLoCo:
                 f"round {last}; it is sent the whole in the next round"
             )
         if changed:
-            places = zip(changed.items(), asked.tensors[CHANGES].tolist(), strict=True)
-            given = {name: old[name] + step * 2.0**-exponent for (name, step), exponent in places}
+            # A message keeps the names of tensors and not their order.
+            places = zip(sorted(changed), asked.tensors[CHANGES].tolist(), strict=True)
+            given = {name: old[name] + changed[name] * 2.0**-exponent for name, exponent in places}
         held = {**old, **given} if part else given
         if self.fragments == 1 or not (follows and own):
             return held, dict(held)

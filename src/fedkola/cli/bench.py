@@ -90,6 +90,43 @@ def bench_forget(
 
 @app.command(
     epilog=examples(
+        "fedkola bench pretrain --profile quick",
+        "fedkola bench pretrain --rows synchronous,ours --seeds 1",
+    )
+)
+def pretrain(
+    profile: Annotated[str, typer.Option(help="Size: quick or standard.")] = "standard",
+    seeds: Annotated[int, typer.Option(min=0, help="Seeds to run; 0 is the profile's own.")] = 0,
+    rows: Annotated[str, typer.Option(help="Rows of the table, a,b; empty is the profile's.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for JSON, tables and plots.")] = RESULTS,
+    as_json: AsJson = False,
+) -> None:
+    """How close does rare exchange come to synchronous training, and at what bytes?"""
+    from fedkola.evaluation import pretrain as suite
+
+    again = (
+        f"fedkola bench pretrain --profile {profile} --seeds {seeds} "
+        + (f"--rows {shlex.quote(rows)} " if rows else "")
+        + f"--out {shlex.quote(str(out))}"
+    )
+    with resumable(None, again), drawn("pretrain") as (note, progress):
+        result = suite.run(
+            profile=profile,
+            seeds=seeds,
+            out=out,
+            note=note,
+            progress=progress,
+            chosen=tuple(row.strip() for row in rows.split(",") if row.strip()),
+        )
+    if as_json:
+        print_json(dict(result))
+        return
+    print(suite.table(result))
+    print(f"results: {out}")
+
+
+@app.command(
+    epilog=examples(
         "fedkola bench report",
         "fedkola bench report --profile quick --out pages",
     )

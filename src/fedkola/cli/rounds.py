@@ -97,6 +97,7 @@ def as_line(report: "Report") -> str:
         f"round {report.round:>2}",
         f"{len(report.cohort)} asked {answered} answered",
         f"{report.seconds:.1f} s",
+        *_speed(report.metrics, report.seconds),
         *(f"{name} {number(value)}" for name, value in _metrics(report.metrics).items()),
         *(f"refused: {site} ({why})" for site, why in report.refused.items()),
     ]
@@ -130,6 +131,12 @@ def as_row(report: Mapping[str, Any]) -> dict[str, str]:
         "MB down": f"{report.get('bytes_down', 0) / 1e6:.2f}",
         "s": f"{report.get('seconds', 0):.1f}",
     }
+
+
+def _speed(metrics: Mapping[str, float], seconds: float) -> list[str]:
+    """Tokens a second, where a round trained on tokens."""
+    tokens = metrics.get("tokens", 0.0)
+    return [f"{number(tokens / seconds)} tokens/s"] if tokens and seconds else []
 
 
 def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:

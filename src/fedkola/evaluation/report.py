@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from fedkola.evaluation import plots
+from fedkola.evaluation import curves, plots
 
 CLASSES = {
     "E0": "subtracted from the sum; equal bit for bit",
@@ -108,6 +108,13 @@ def _page(doc: Mapping[str, Any]) -> dict[str, Any]:
         "freshness": _freshness(doc, scopes, windows),
         "lineage": _lineage(doc.get("lineage") or {}),
         "traffic": plots.traffic(windows),
+        "curves": curves.lines(
+            doc.get("curves") or {},
+            title="Held-out perplexity over tokens trained on",
+            across="tokens trained on",
+            up="perplexity (log)",
+        ),
+        "samples": _samples(doc.get("samples") or ()),
         "totals": _totals(windows),
         "sites": _sites(doc.get("sites") or (), names),
         "left_out": _left_out(doc),
@@ -118,6 +125,22 @@ def _page(doc: Mapping[str, Any]) -> dict[str, Any]:
         "machine": [(_words(key), _value(v)) for key, v in (doc.get("machine") or {}).items()],
         "plan": _flat(doc.get("plan") or {}),
     }
+
+
+def _samples(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the model said to each prompt: after the first round, half way and at the end."""
+    if not entries:
+        return []
+    chosen = sorted({0, len(entries) // 2, len(entries) - 1})
+    return [
+        {
+            "prompt": prompt,
+            "said": [
+                (f"round {entries[at]['round']}", entries[at]["texts"][place]) for at in chosen
+            ],
+        }
+        for place, prompt in enumerate(entries[-1]["prompts"])
+    ]
 
 
 def _timeline(

@@ -12,7 +12,15 @@ from typing import Any
 
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
-from fedkola.evaluation import answers, lineage, machine, metrics, oneshot, scoring
+from fedkola.evaluation import (
+    answers,
+    lineage,
+    machine,
+    metrics,
+    oneshot,
+    pretraining,
+    scoring,
+)
 from fedkola.evaluation.answers import Answer
 from fedkola.federation import Federation
 from fedkola.knowledge.bank import CellKind
@@ -49,6 +57,10 @@ def document(federation: Federation, ledger: Ledger, state: Any) -> dict[str, An
         found["lineage"] = _lineage(federation, state, events)
     if receipts:
         found["receipt"] = _receipt(receipts[-1])
+    if pretraining.is_whole(federation):
+        found["curves"] = pretraining.curves([row.report for row in rounds])
+        found["samples"] = pretraining.samples(federation.folder)
+        return found | {"sites": _sites(federation, {})}
     if not rounds or federation.foundation.kind == "causal":
         return found | {"sites": _sites(federation, {})}
     scopes = [s for s in federation.stream.catalogue.scopes() if _first(federation, s)]
@@ -415,6 +427,11 @@ def _commands(
         text = "text"
     else:
         text = federation.stream.test.texts[0].replace('"', "'")
+    if pretraining.is_whole(federation):
+        return [
+            {"command": f"fedkola model export {folder} --to MODEL", "what": "use the model"},
+            {"command": f"fedkola run --resume {folder}", "what": "go on with the run"},
+        ]
     gone = {receipt["site"] for receipt in receipts}
     site = next((name for name in federation.sites if name not in gone), "SITE")
     found = [

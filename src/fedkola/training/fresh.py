@@ -5,6 +5,8 @@ text has tokens. Its merges tell which strings are frequent in the text it was l
 tokenizer learnt from private text is a release of that text. Equal arguments give equal files.
 """
 
+import gzip
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,27 @@ class Shape:
     heads: int = 0
     vocabulary: int = 4096
     length: int = 128
+
+
+def architecture(name: str) -> Architecture:
+    """The architecture called so; raises PlanError for another name."""
+    for known in ARCHITECTURES:
+        if name == known:
+            return known
+    raise PlanError(f"architecture {name!r} was given; expected one of {', '.join(ARCHITECTURES)}")
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a text file, plain or gzip, that hold any text; raises DataError."""
+    try:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+        return [line for line in content.decode("utf-8").splitlines() if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(
+            f"{path} cannot be read as text ({error}); give a UTF-8 text file, plain or gzip"
+        ) from error
 
 
 def create(folder: Path, shape: Shape, texts: Sequence[str], *, seed: int) -> int:
@@ -94,11 +117,6 @@ def learn(shape: Shape, texts: Sequence[str]) -> Any:
 
 def _check(shape: Shape) -> None:
     heads = _heads(shape)
-    if shape.architecture not in ARCHITECTURES:
-        raise PlanError(
-            f"architecture {shape.architecture!r} was given; expected one of "
-            f"{', '.join(ARCHITECTURES)}"
-        )
     if min(shape.width, shape.layers, heads) < 1 or shape.width % heads or shape.width % 2:
         raise PlanError(
             f"width {shape.width}, {shape.layers} layers and {heads} heads were given; expected "

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from fedkola.errors import DataError, Incompatible, ModelMismatch, StepFailed
-from fedkola.training.model import Foundation, require_bare
+from fedkola.training.model import Foundation, quiet, require_bare
 from fedkola.types import Weights
 
 IGNORED = -100
@@ -102,6 +103,17 @@ def require_shapes(wanted: Weights, given: Weights) -> None:
             f"these weights are not those of the model: they differ in {odd[:3]}; give every "
             "parameter of this architecture, in its shape"
         )
+
+
+def save(foundation: Foundation, weights: Weights, folder: Path) -> None:
+    """Write the model with these weights, and its tokenizer, as a folder of transformers."""
+    tokenizer: Any = foundation.tokenizer
+    # Equal tensors that a ledger reads back are one, which would be saved as tied.
+    alone = {name: value.clone() for name, value in weights.items()}
+    with holding(foundation, alone) as model, quiet():
+        saved: Any = model
+        saved.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def gradient(
