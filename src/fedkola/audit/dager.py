@@ -21,7 +21,7 @@ layers, the last token. It needs fewer tokens in the update than the model is wi
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -42,6 +42,7 @@ _STRANGERS = 64
 _FLOOR = 1e-6
 _DECADE = math.log(10)
 _NEAR = math.log(100)
+_CLEAR = math.log(1e-4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,10 @@ class Dager:
     combinations: int = 4096
     controls: int = 3
     floor: float = 0.9
+
+    def quick(self) -> "Dager":
+        """The same attack with a narrow beam and one update in its control."""
+        return replace(self, beam=16, controls=1)
 
     def run(self, seen: Sequence[Sighting], known: Known, truth: Truth) -> Evidence:
         """Attack every sighting. Raises DataError without one, ModelMismatch for another model."""
@@ -128,6 +133,10 @@ class _Search:
     attack: Dager
 
     @property
+    def sharp(self) -> bool:
+        return all(span.sharp for _, span in self.deeper)
+
+    @property
     def size(self) -> int:
         return layers.embedding(self.model).num_embeddings
 
@@ -156,7 +165,7 @@ class _Search:
         )
         level = _log(residual)
         order = level.argsort()
-        least = order[_outlying(level, self.attack.outlier)[order]]
+        least = order[_outlying(level, self.attack.outlier, sharp=span.sharp)[order]]
         return least[: _cut(level[least])]
 
     # --- decoders: prefixes --------------------------------------------------------------------
@@ -201,7 +210,7 @@ class _Search:
         level = self._levels(prefixes, columns)
         hits: list[tuple[float, int, int]] = []
         for row in range(len(prefixes)):
-            outlying = _outlying(level[row], self.attack.outlier)[: len(here)]
+            outlying = _outlying(level[row], self.attack.outlier, sharp=self.sharp)[: len(here)]
             near = level[row, : len(here)] < (float(levels[row]) / place + _NEAR if place else 0.0)
             hits += [
                 (float(level[row, i]), row, int(here[i]))
@@ -325,8 +334,10 @@ def _log(residual: Tensor) -> Tensor:
     return residual.clamp_min(_FLOOR).log()
 
 
-def _outlying(level: Tensor, outlier: float) -> Tensor:
-    """Which values lie far below the others, by median and median absolute deviation."""
+def _outlying(level: Tensor, outlier: float, *, sharp: bool) -> Tensor:
+    """Which values lie far below the others, by median and median absolute deviation; and in a
+    sharp span those that only float32's error keeps from zero, however the others are spread."""
     middle = level.median()
     spread = 1.4826 * (level - middle).abs().median().clamp_min(0.02)
-    return level < middle - outlier * spread
+    edge = float(middle - outlier * spread)
+    return level < (max(edge, _CLEAR) if sharp else edge)

@@ -8,6 +8,7 @@ where the seen change of the last norm does. Whatever the learning rate, only th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from fedkola.types import Weights
 
 _PASSES = 6
 _MOST = 16
-_ALIKE = 1 - 1e-6
+_ALIKE = 1 - 1e-9
 
 
 def completed(
@@ -86,29 +87,43 @@ def _part(model: nn.Module, norm: nn.Module, prefix: Sequence[int], seen: Tensor
 
 
 def _fitted(parts: Sequence[_Part], seen: Tensor) -> tuple[float, list[int]]:
-    """Last tokens chosen one after the other, then again in turn, and how well they point."""
-    ends: list[int | None] = [None] * len(parts)
-    total = torch.stack([part.known for part in parts]).sum(0)
-    best = 0.0
-    for sweep in range(_PASSES):
-        before = list(ends)
-        for i in _order(parts, ends, total, seen) if sweep == 0 else range(len(parts)):
-            part, old = parts[i], ends[i]
-            rest = total if old is None else total - part.ends[old]
+    """Last tokens chosen one after the other, then again in turn and exchanged in pairs, and how
+    well they point."""
+    known = torch.stack([part.known for part in parts]).sum(0)
+    ends: list[int] = []
+    order = _order(parts, known, seen)
+    total = known
+    for i in order:
+        ends.append(int(_likeness(total + parts[i].ends, seen).argmax()))
+        total = total + parts[i].ends[ends[-1]]
+    ends = [ends[order.index(i)] for i in range(len(parts))]
+    best = float(_likeness(total, seen))
+    for _ in range(_PASSES):
+        before = best
+        for i, part in enumerate(parts):
+            rest = _sum(parts, ends, known) - part.ends[ends[i]]
             likeness = _likeness(rest + part.ends, seen)
-            best = float(likeness.max())
-            ends[i] = int(likeness.argmax())
-            total = rest + part.ends[cast(int, ends[i])]
-        if ends == before:
+            ends[i], best = int(likeness.argmax()), float(likeness.max())
+        for i, j in combinations(range(len(parts)), 2):
+            other = list(ends)
+            other[i], other[j] = ends[j], ends[i]
+            swapped = float(_likeness(_sum(parts, other, known), seen))
+            if swapped > best:
+                ends, best = other, swapped
+        if best <= before:
             break
-    return best, [cast(int, end) for end in ends]
+    return best, ends
 
 
-def _order(
-    parts: Sequence[_Part], ends: Sequence[int | None], total: Tensor, seen: Tensor
-) -> list[int]:
+def _sum(parts: Sequence[_Part], ends: Sequence[int], known: Tensor) -> Tensor:
+    return known + torch.stack([part.ends[end] for part, end in zip(parts, ends, strict=True)]).sum(
+        0
+    )
+
+
+def _order(parts: Sequence[_Part], known: Tensor, seen: Tensor) -> list[int]:
     """Sequences whose last token shows most come first."""
-    gains = [float(_likeness(total + part.ends, seen).max()) for part in parts]
+    gains = [float(_likeness(known + part.ends, seen).max()) for part in parts]
     return sorted(range(len(parts)), key=lambda i: -gains[i])
 
 
