@@ -11,11 +11,15 @@ from typing import Any
 from fedkola.audit.canary import CanaryExposure
 from fedkola.audit.checks import Checks
 from fedkola.audit.dager import Dager
+from fedkola.audit.embedding_rows import EmbeddingRows
 from fedkola.audit.membership import Membership
+from fedkola.audit.patches import Patches
 from fedkola.audit.presence import Presence
 
 ATTACKS: Mapping[str, type[Any]] = {
     "dager": Dager,
+    "embedding_rows": EmbeddingRows,
+    "patches": Patches,
     "presence": Presence,
     "membership": Membership,
     "canary": CanaryExposure,

@@ -35,6 +35,7 @@ from fedkola.audit.spans import Span, spans
 from fedkola.audit.trial import Recovery
 from fedkola.errors import DataError
 from fedkola.training.model import Foundation
+from fedkola.types import Weights
 
 _RANKED = 12
 _CHUNK = 8192
@@ -87,18 +88,7 @@ class Dager:
         """The sequences behind one change, likeliest first, and the tokens found."""
         model = layers.at(foundation, sighting.before)
         layers.require_change(model, sighting.change)
-        read = [
-            (projection, change)
-            for projection in layers.projections(model)
-            if (change := layers.stacked(projection, sighting.change)) is not None
-        ][:_RANKED]
-        if not read:
-            raise DataError(
-                "the change holds no attention and no MLP of any block: this exchange left all of "
-                "them out; attack one that carries them"
-            )
-        found = spans([change for _, change in read])
-        at = [(projection, span) for (projection, _), span in zip(read, found, strict=True)]
+        at = read_spans(model, sighting.change)
         search = _Search(
             model=model,
             first=at[0] if at[0][0].depth == 0 else None,
@@ -120,6 +110,22 @@ class Dager:
         """The layers residuals are averaged over; one is enough where spans are sharp."""
         later = tuple(pair for pair in at if pair[0].depth > 0)
         return later[:1] if all(span.sharp for _, span in later) else later[: self.depth]
+
+
+def read_spans(model: nn.Module, change: Weights) -> list[tuple[Projection, Span]]:
+    """The layers that the change moved and the span of what each read, first layers first."""
+    read = [
+        (projection, rows)
+        for projection in layers.projections(model)
+        if (rows := layers.stacked(projection, change)) is not None
+    ][:_RANKED]
+    if not read:
+        raise DataError(
+            "the change holds no attention and no MLP of any block: this exchange left all of "
+            "them out; attack one that carries them"
+        )
+    found = spans([rows for _, rows in read])
+    return [(projection, span) for (projection, _), span in zip(read, found, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

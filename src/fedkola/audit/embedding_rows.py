@@ -105,13 +105,20 @@ def moved(change: Tensor, before: Tensor) -> Tensor:
     return found
 
 
+def prominence(change: Tensor) -> Tensor:
+    """How far each row (V, d) lies beside the direction that all rows share, as a logarithm."""
+    rows = change.double()
+    size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    common = (rows / size.clamp_min(1e-30)).median(dim=0).values
+    common = common / torch.linalg.vector_norm(common).clamp_min(1e-30)
+    beside = rows - (rows @ common)[:, None] * common
+    level: Tensor = torch.linalg.vector_norm(beside, dim=1).clamp_min(1e-30).log()
+    return level
+
+
 def standing_out(change: Tensor, outlier: float) -> Tensor:
     """Which rows (V, d) stand out of the direction that all rows share."""
-    size = torch.linalg.vector_norm(change, dim=1, keepdim=True)
-    common = (change / size.clamp_min(1e-30)).median(dim=0).values
-    common = common / torch.linalg.vector_norm(common).clamp_min(1e-30)
-    beside = change - (change @ common)[:, None] * common
-    level: Tensor = torch.linalg.vector_norm(beside, dim=1).clamp_min(1e-30).log()
+    level = prominence(change)
     middle = level.median()
     spread = 1.4826 * (level - middle).abs().median().clamp_min(0.02)
     found: Tensor = level > middle + outlier * spread
