@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import shutil
+import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ from fedkola.errors import DataError, FedKolaError, UnknownCell, UnknownName
 from fedkola.knowledge import forget, journal, windows
 from fedkola.knowledge.journal import Place
 from fedkola.knowledge.stream import Records
-from fedkola.privacy import behind
+from fedkola.privacy import behind, policy
 from fedkola.privacy.answering import Answering
 from fedkola.privacy.behind import Behind
 from fedkola.privacy.member import Member
+from fedkola.privacy.policy import Policy
 from fedkola.privacy.record_dp import Sequences
 from fedkola.training import evaluate, features, fit, packing, per_unit, pretraining, whole
 from fedkola.training.model import Foundation, encode
@@ -72,14 +74,15 @@ class Site:
         store: Path,
         held_out: Dataset | None = None,
         remembers: Callable[[int], bool] | None = None,
+        demands: Policy | None = None,
         member: Member | None = None,
         rounds: int = 1,
         budget: float = math.inf,
     ) -> None:
         """``remembers`` says of a round whether the site keeps what stood behind its answers, for
-        an audit of a recorded run; None keeps nothing. With ``member`` the site answers under
-        secure aggregation and in no other way. ``budget`` is the epsilon that the site spends at
-        most, whatever a plan allows."""
+        an audit of a recorded run; None keeps nothing. ``demands`` None are the strict ones. With
+        ``member`` the site answers under secure aggregation and in no other way. ``budget`` is the
+        epsilon that the site spends at most, whatever a plan allows."""
         self.name = name
         self.held_out = held_out or data.take(())
         self.catalogue = catalogue
@@ -88,6 +91,7 @@ class Site:
         self._trainer = trainer
         self._data = data
         self._remembers = remembers
+        self._policy = demands or Policy()
         self._behind = Behind()
         self._member = member
         self._packed: tuple[Any, tuple[list[list[int]], list[str]]] | None = None
@@ -328,6 +332,7 @@ class Site:
             asked, store=self.store, key=kept.with_suffix(".key"), budget=self._budget
         )
         update = self._guarded.update(_step(asked)(self, asked))
+        self._gate(asked, update)
         words = self._guarded.words(wire.words(update, asked.grid, asked.cohort))
         self._remember(asked, message, words)
         self._guarded.charge()
@@ -365,6 +370,30 @@ class Site:
         rows = encode(self._trainer.foundation, texts)
         self._behind = self._behind.and_then(
             Behind(kind=kind, sequences=tuple(map(tuple, rows)), steps=steps, adaptive=True)
+        )
+
+    def _gate(self, asked: Broadcast, update: Update) -> None:
+        """Raises PolicyRefused for a trained answer that must not leave."""
+        if not self._behind.kind:
+            return
+        foundation = self._trainer.foundation
+        tables = whole.tables(foundation) if self._behind.kind == "whole" else frozenset()
+        ranks = [min(v.shape) for n, v in update.tensors.items() if n.endswith(".lora_B")]
+        policy.gate(
+            self._policy,
+            policy.Answer(
+                sites=len(asked.cohort),
+                masked=self._member is not None,
+                noisy=bool(asked.guards),
+                tables=tuple(name for name in update.tensors if name in tables),
+                width=foundation.width,
+                # An encoder's adapter learns labels; only that of a language model is text.
+                rank=max(ranks, default=0) if foundation.kind == "causal" else 0,
+                behind=self._behind,
+            ),
+            protocol=policy.protocol_hash(asked.algorithm, asked.guards),
+            rehearsal=_rehearsal(self.store / policy.REHEARSAL),
+            now=time.time(),
         )
 
     def _remember(self, asked: Broadcast, message: bytes, words: Weights) -> None:
@@ -480,6 +509,15 @@ def _step(asked: Broadcast) -> Callable[[Client, Broadcast], Update]:
     if asked.step not in steps:
         raise UnknownName(f"{asked.algorithm.get('name')} has no step {asked.step!r}")
     return steps[asked.step]
+
+
+def _rehearsal(path: Path) -> Mapping[str, Any] | None:
+    """What the operator put into the site's folder, None where there is nothing to be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _write(path: Path, content: bytes) -> None:

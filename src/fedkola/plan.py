@@ -268,6 +268,21 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """What the sites of an in-process run demand, where one person speaks for all of them; a site
+    behind a network reads its own file and never this. ``minimum`` sites must be asked under
+    secure aggregation unless ``plain`` runs are named; ``embedding`` is "refuse" or
+    "presence-disclosed"; ``waive`` lifts "gate_span" or "gate_adapters" for public records;
+    ``rehearsal_days`` is the greatest age of a rehearsal (0 asks for none)."""
+
+    minimum: int = 3
+    plain: bool = False
+    embedding: str = "refuse"
+    waive: tuple[str, ...] = ()
+    rehearsal_days: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
     """``record`` writes the transcript that an audit attacks; ``rounds`` keep their payloads, all
     others only headers: "first", "middle", "last", "every:10", "all" or the number of a round."""
@@ -291,6 +306,7 @@ class Plan:
     privacy: Privacy = field(default_factory=Privacy)
     quality: Quality = field(default_factory=Quality)
     engine: Engine = field(default_factory=Engine)
+    site: Site = field(default_factory=Site)
     audit: Audit = field(default_factory=Audit)
 
     def __post_init__(self) -> None:
@@ -395,6 +411,8 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "privacy.sequences": (1, _WORD),
     "privacy.absent": (0, _WORD),
     "engine.order": (0, _WORD),
+    "site.minimum": (1, _WORD),
+    "site.rehearsal_days": (0, _HUGE),
 }
 _LEVELS = ("record", "pooled", "site")
 _UNITS = ("patient", "record")
@@ -406,6 +424,8 @@ _WEIGHTS = ("equal", "tokens")
 _PRECISIONS = ("float32", "bfloat16")
 _PERIODS = ("year", "quarter")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_EMBEDDINGS = ("refuse", "presence-disclosed")
+_WAIVABLE = ("gate_span", "gate_adapters")
 _ROUNDS = re.compile(r"all|first|middle|last|(every:)?[1-9]\d{0,8}")
 _PARTITION = re.compile(r"iid|by-label|dirichlet:(\d+(?:\.\d*)?(?:e[+-]?\d+)?)")
 _OVERRIDE = re.compile(
@@ -694,6 +714,8 @@ def _check(plan: Plan) -> None:
         ("privacy.level", plan.privacy.level, _LEVELS),
         ("privacy.unit", plan.privacy.unit, _UNITS),
         ("scenario.availability", plan.scenario.availability, _AVAILABILITY),
+        ("site.embedding", plan.site.embedding, _EMBEDDINGS),
+        *(("site.waive", code, _WAIVABLE) for code in plan.site.waive),
     ):
         if given not in known:
             raise PlanError(f"{key} was given {given!r}; expected one of {', '.join(known)}")

@@ -43,7 +43,8 @@ from fedkola.knowledge.compact import Policy
 from fedkola.knowledge.stream import Stream, in_rounds
 from fedkola.ledger import Ledger
 from fedkola.plan import Plan, as_dict, digest
-from fedkola.privacy import guards, secure_sum
+from fedkola.privacy import guards, policy, secure_sum
+from fedkola.privacy.behind import Behind
 from fedkola.privacy.guards import Guarded
 from fedkola.privacy.member import LEAST, Rules
 from fedkola.privacy.record_dp import RecordDP
@@ -93,6 +94,8 @@ def check(plan: Plan) -> None:
         )
     if plan.privacy.secure_sum:
         _check_secure(plan)
+    if getattr(method, "whole", False):
+        _check_gate(plan)
     guard(plan)
 
 
@@ -156,6 +159,7 @@ def assemble(
             store=folder / "sites" / name,
             held_out=never,
             remembers=keep,
+            demands=demands(plan),
             budget=plan.scenario.budget.get(name, inf),
             member=secured.member(name, folder / "sites" / name) if secured else None,
             rounds=plan.run.rounds_per_window,
@@ -177,6 +181,18 @@ def assemble(
         algorithm=build(plan, valid, trainer, level, folder),
         level=level,
         transcript=transcript,
+    )
+
+
+def demands(plan: Plan) -> policy.Policy:
+    """What every site of an in-process run demands, as the plan says for all of them."""
+    site = plan.site
+    return policy.Policy(
+        minimum=site.minimum,
+        plain=site.plain,
+        embedding=site.embedding,
+        waive=site.waive,
+        rehearsal_days=site.rehearsal_days,
     )
 
 
@@ -477,6 +493,27 @@ def _shapes(base: Foundation) -> dict[str, tuple[int | None, ...]]:
     for name, (d_out, d_in) in adapters.targets(base).items():
         shapes |= {f"{name}.lora_A": (None, d_in), f"{name}.lora_B": (d_out, None)}
     return shapes
+
+
+def _check_gate(plan: Plan) -> None:
+    """Refuse what every site would refuse, as far as the plan alone tells; the tokens behind an
+    answer and a rehearsal are for the sites to judge. Raises PolicyRefused."""
+    behind = Behind(kind="whole", steps=plan.pretrain.inner_steps, adaptive=True)
+    policy.gate(
+        replace(demands(plan), rehearsal_days=0.0),
+        policy.Answer(
+            sites=plan.cohort.size or plan.site.minimum,
+            masked=plan.privacy.secure_sum,
+            noisy=bool(guards.demanded(plan)),
+            tables=("embeddings",),
+            width=0,
+            rank=0,
+            behind=behind,
+        ),
+        protocol="",
+        rehearsal=None,
+        now=0.0,
+    )
 
 
 def _known(key: str, name: str, table: Mapping[str, object]) -> None:

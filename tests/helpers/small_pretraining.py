@@ -26,6 +26,9 @@ SETTINGS = (
     "pretrain.warmup=0",
     "pretrain.bits=12",
     "knowledge.public_reference=true",
+    "site.plain=true",
+    'site.embedding="presence-disclosed"',
+    'site.waive=["gate_span"]',
     "audit.record=true",
     'audit.rounds=["all"]',
 )

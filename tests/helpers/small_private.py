@@ -30,6 +30,7 @@ SETTINGS = (
     "privacy.epsilon=2",
     "privacy.delta=0.001",
     "privacy.units=40",
+    "site.plain=true",
 )
 CATALOGUE = Catalogue(
     system="made up", levels=("code",), labels=(Label(code="t", path=("t",), scope="s"),)

@@ -19,6 +19,7 @@ from fedkola.plan import (
     Quality,
     Run,
     Scenario,
+    Site,
     Task,
     as_dict,
     digest,
@@ -169,6 +170,14 @@ plans = st.builds(
     ),
     quality=st.builds(Quality, mode=texts),
     engine=st.builds(Engine, name=texts, order=counts),
+    site=st.builds(
+        Site,
+        minimum=positive,
+        plain=st.booleans(),
+        embedding=st.sampled_from(["refuse", "presence-disclosed"]),
+        waive=st.lists(st.sampled_from(["gate_span", "gate_adapters"]), max_size=2).map(tuple),
+        rehearsal_days=st.floats(0, 1e6),
+    ),
     audit=st.builds(
         Audit,
         record=st.booleans(),

@@ -72,6 +72,16 @@ def parameters(foundation: Foundation) -> dict[str, Tensor]:
     return {n: p.detach().float().clone() for n, p in foundation.model.named_parameters()}
 
 
+def tables(foundation: Foundation) -> frozenset[str]:
+    """The names of all embeddings and of the output head, whose rows stand for single tokens."""
+    model: Any = foundation.model
+    held = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    held += [head.weight] if head is not None else []
+    ids = {id(weight) for weight in held}
+    return frozenset(n for n, p in model.named_parameters() if id(p) in ids)
+
+
 @contextmanager
 def holding(foundation: Foundation, weights: Weights) -> Iterator[nn.Module]:
     """The model with these weights in place of its own, which come back at the end.
