@@ -45,6 +45,11 @@ bits = 5
 feedback = true
 down = "change"
 prompts = ["the heart"]
+
+[site]
+plain = true
+embedding = "presence-disclosed"
+waive = ["gate_span"]
 """
 ORGANS = ("heart", "lung", "kidney", "liver", "skin", "bone")
 TEXT = "the {} of this patient is {} today and will be seen again in {} weeks\n"
