@@ -122,6 +122,14 @@ def verdicts(found: Sequence[tuple[Evidence, str]]) -> dict[str, str]:
     }
 
 
+def passed(words: Mapping[str, str], *, masked: bool) -> bool:
+    """Whether a rehearsal may open the gate: single answers and sequences at null, nothing broken
+    or undisclosed, and masked bytes checked where there are masks."""
+    needed = {"attributable", "sum_sequences"} | ({TRANSCRIPT} if masked else set())
+    fine = {"at_null", "bounded", "disclosed", "not_run"}
+    return all(words[row] == "at_null" for row in needed) and set(words.values()) <= fine
+
+
 def attack_document(evidence: Evidence, *, observer: str, defences: Defences) -> dict[str, Any]:
     """One attack as it stands in ``audit.json``."""
     control = evidence.control

@@ -150,6 +150,17 @@ def truth(stores: Mapping[str, Path], seen: Sequence[Sighting], sites: Sequence[
     return found
 
 
+def first_question(recording: Recording) -> Broadcast | None:
+    """The first question of the run whose bytes were kept, without its masks."""
+    for frame in recording.frames:
+        if frame.direction == "down" and frame.step not in _SETUP and recording.holds(frame):
+            asked = wire.unpack_broadcast(recording.payload(frame))
+            if frame.step == ASK:
+                return wire.unpack_broadcast(_bytes(asked.tensors["question"]))
+            return asked
+    return None
+
+
 def masked(reply: Reply, grid: Grid) -> dict[str, Tensor]:
     """The words of one masked answer by name, as if they were no mask: uniform, for who lacks the
     keys."""
@@ -341,10 +352,8 @@ def _spec(asked: Broadcast) -> dict[str, Scalar]:
 
 
 def _protocol(seen: View) -> dict[str, Scalar]:
-    for frame in seen.recording.frames:
-        if frame.direction == "down" and seen.recording.holds(frame):
-            return _spec(wire.unpack_broadcast(seen.recording.payload(frame)))
-    return {}
+    asked = first_question(seen.recording)
+    return {} if asked is None else _spec(asked)
 
 
 def _sequences(entries: Sequence[behind.Entry], seen: Sighting) -> Sequences:

@@ -53,7 +53,7 @@ GATES = {
     "gate_adapters": "too little text behind an adapter",
     "gate_rehearsal": "no young rehearsal of this plan that passed",
 }
-ROWS = 24
+ROWS, SHOWN = 24, 8
 
 
 def render(doc: Mapping[str, Any]) -> str:
@@ -199,12 +199,17 @@ def _examples(attacks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                     "whole": bool(got) and got == truth,
                 }
             )
-    found.sort(key=lambda one: -one["share"])
-    return found[:ROWS]
+    found.sort(key=lambda one: (-one["whole"], -one["share"]))
+    # One line for each true text: the best that anybody got of it.
+    best: dict[str, dict[str, Any]] = {}
+    for one in found:
+        best.setdefault(one["truth"], one)
+    return list(best.values())[:SHOWN]
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.lower())
+    """Words and signs, without the marks that a tokenizer sets between texts."""
+    return re.findall(r"\w+", re.sub(r"<[|/]?\w+[|]?>", " ", text.lower()))
 
 
 def _shared(got: str, truth: str) -> float:

@@ -27,6 +27,7 @@ from fedkola.evaluation.audit_page import render
 from fedkola.evaluation.session import Session
 from fedkola.federation import load_state
 from fedkola.plan import Plan, digest
+from fedkola.privacy import policy
 from fedkola.types import Report
 
 NAMES = ("audit.json", "audit.html")
@@ -157,6 +158,8 @@ def defences(plan: Plan) -> Defences:
         survivors_min=plan.cohort.minimum,
         epsilon=epsilon if isfinite(epsilon) else None,
         delta=plan.privacy.delta if isfinite(epsilon) else None,
+        embedding=plan.site.embedding,
+        waived=(*plan.site.waive, *(("gate_cohort",) if plan.site.plain else ())),
     )
 
 
@@ -199,6 +202,7 @@ def _document(
     against = defences(plan)
     scored = [(e, verdict.verdict(e, against)) for _, _, evidence, _ in found for e in evidence]
     rows = session.ledger.rounds(plan.run.name)
+    words = verdict.verdicts(scored)
     return {
         "schema": verdict.SCHEMA,
         "run": plan.run.name,
@@ -226,13 +230,26 @@ def _document(
             for one, _, evidence, _ in found
             for e in evidence
         ],
-        "verdicts": verdict.verdicts(scored),
+        "verdicts": words,
+        "passed": verdict.passed(words, masked=plan.privacy.secure_sum),
+        "protocol": _protocol(found),
+        "at": time.time(),
         "not_run": [
             {"observer": str(one), "name": n.attack, "target": n.target, "reason": n.reason}
             for one, _, _, left in found
             for n in left
         ],
     }
+
+
+def _protocol(
+    found: Sequence[tuple[Observer, View, list[Evidence], list[auditor.NotRun]]],
+) -> str:
+    """The hash by which a site knows that a rehearsal was of the protocol it is asked under."""
+    for _, seen, _, _ in found:
+        if asked := view.first_question(seen.recording):
+            return policy.protocol_hash(asked.algorithm, asked.guards)
+    return ""
 
 
 def _seen(one: Observer, seen: View) -> dict[str, Any]:
