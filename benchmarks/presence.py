@@ -17,10 +17,11 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,8 +115,8 @@ def main() -> None:
             found[-1]["cpu_seconds"] = round(time.process_time() - began, 1)
             document = {"machine": machine.describe(), "settings": settings(), "rows": found}
             path.write_text(json.dumps(document, indent=1))
-            (RESULTS / "presence.md").write_text(table(found))
-            print(table(found[-1:]).splitlines()[-1], flush=True)
+            (RESULTS / "presence.md").write_text(page(document))
+            print(line(found[-1]), flush=True)
 
 
 def settings() -> dict[str, Scalar]:
@@ -285,31 +286,51 @@ SHOWN = {
 }
 
 
-def table(rows: Sequence[dict]) -> str:  # type: ignore[type-arg]
+def page(document: Mapping[str, Any]) -> str:
     """Every score with its 95 % interval and, after a stroke, its null."""
+    about, rows = document["machine"], document["rows"]
     lines = [
-        "| attack | setting | scores [95 %] / null | control | held-out loss, before to after |"
+        "# What a change of weights tells",
+        "",
+        "Scores with 95 % intervals, after the stroke their null. *Presence*: AUC over rows of",
+        "the vocabulary, over rows that the attacker's text lacks (unseen), over tokens used",
+        "once, and by the frequency in its text alone; *matched* compares rows of equal prior",
+        "only, so that what is known without the change counts for nothing. *Membership*: AUC,",
+        "and true positives at 1 % of 1,000 outsiders; epsilon is refuted below, from 60",
+        "guesses about 100 planted directions. *Canary*: exposure in bits of 16 by number of",
+        "copies. Epsilon is for one record, and a canary of 64 copies is 64 records. The",
+        "control is the attack on the same records with nothing held back. Loss: nats per token",
+        "on 200 records of no site, before and after the change.",
+        "",
+        "| attack | setting | scores [95 %] / null | control | loss |",
+        "|---|---|---|---|---|",
+        *map(line, rows),
+        "",
+        f"Measured on {about['cores']} cores ({about['processor']}), torch {about['torch']}, load "
+        f"{about['load']:.0f}; {sum(row['cpu_seconds'] for row in rows):.0f} s of one core. "
+        "Reproduce: `python benchmarks/presence.py DATA`.",
     ]
-    lines += ["|---|---|---|---|---|"]
-    for one in rows:
-        attack, more = one["row"]["attack"], one["more"]
-        scores = [
-            f"{name.removesuffix('_auc')} {score(one['measures'][name])}"
-            for name in SHOWN[attack]
-            if name in one["measures"]
-        ]
-        if "tpr_bound" in more:
-            scores.append(f"bound on TPR {more['tpr_bound']:.3f}")
-        control = one["control"]
-        passed = "" if control["passed"] else " (failed)"
-        lines.append(
-            f"| {attack} | {one['name']} | {'; '.join(scores)} | {control['value']:.3f}{passed} | "
-            f"{more['loss_before']:.2f} to {more['loss_after']:.2f} |"
-        )
     return "\n".join(lines) + "\n"
 
 
-def score(measure: dict[str, float | None]) -> str:
+def line(one: Mapping[str, Any]) -> str:
+    """One row of the table."""
+    attack, more, control = one["row"]["attack"], one["more"], one["control"]
+    scores = [
+        f"{name.removesuffix('_auc')} {score(one['measures'][name])}"
+        for name in SHOWN[attack]
+        if name in one["measures"]
+    ]
+    if "tpr_bound" in more:
+        scores.append(f"bound on TPR {more['tpr_bound']:.3f}")
+    passed = "" if control["passed"] else " (failed)"
+    return (
+        f"| {attack} | {one['name']} | {'; '.join(scores)} | {control['value']:.3f}{passed} | "
+        f"{more['loss_before']:.2f} to {more['loss_after']:.2f} |"
+    )
+
+
+def score(measure: Mapping[str, Any]) -> str:
     null = "" if measure["null"] is None else f" / {measure['null']:.3f}"
     return f"{measure['value']:.3f} [{measure['low']:.3f}, {measure['high']:.3f}]{null}"
 
