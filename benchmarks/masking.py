@@ -1,16 +1,19 @@
 """What masking costs a site, beside flwr's own secaggplus functions, in one run.
 
 Ten million parameters in 148 tensors, the shapes of a GPT of twelve layers, eight sites with a
-threshold of six. Both sides do what one site does in one exchange: keys, shares, masks, reveal.
-- ours: ``Member.answer`` for every message of the protocol, with framing, the kept answer and the
-  log on disk; keys and shares of an epoch of 64 exchanges count with a 64th
-- flwr 1.41: ``_setup``, ``_share_keys``, ``_collect_masked_vectors`` and ``_unmask`` of its client
-  mod, with its default ranges; without rounding, the same functions that it calls, on integers
-Time is that of one process, one thread, all of its processor time; both sides take turns, so that a
-load of the machine hits both. The bound is what no implementation over AES-256-CTR can go below:
-making the same streams and adding them in cache, measured in the same turn.
+threshold of six: eight masks for each. Both do what one site does in one exchange.
+- masking: keys, shares, integers to masked integers, reveal. Ours through ``Member``, where keys
+  and shares of an epoch of 64 exchanges count with a 64th; flwr 1.41 through ``_setup``,
+  ``_share_keys``, the functions that ``_collect_masked_vectors`` calls after rounding, and
+  ``_unmask`` of its client mod, with its default ranges
+- with message: ours with framing, checksum, the kept answer and the flushed log on disk; flwr with
+  the protobuf of its answer
+- with rounding: the first of these from float32 deltas on; flwr by ``_collect_masked_vectors``
+Time is processor time of one process with one thread. Both take turns, so that a load of the
+machine hits both. The bound is what nothing over AES-256-CTR can go below: the same streams, made
+and added in cache, measured in the same turn.
 Writes ``benchmarks/results/masking.json`` and ``masking.md``.
-Run: ``python benchmarks/masking.py`` (about two minutes).
+Run: ``python benchmarks/masking.py`` (about one minute).
 """
 
 import importlib
@@ -27,23 +30,24 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
-from flwr.app import ConfigRecord
+from flwr.app import ConfigRecord, RecordDict
 from flwr.common import ndarrays_to_parameters
 from flwr.common.secure_aggregation.secaggplus_constants import Key
+from flwr.common.serde import recorddict_to_proto
 from torch import Tensor
 
 from fedkola import wire
 from fedkola.engines.in_process import InProcess
 from fedkola.evaluation import machine, metrics
 from fedkola.privacy import masks, secure_sum
-from fedkola.privacy.member import ASK, Rules
+from fedkola.privacy.member import ASK, REVEAL, Rules
 from fedkola.privacy.secure_sum import SecureSum
 from fedkola.types import Broadcast, Grid, Update, Weights
 
 # A function of the same name hides the module from a plain import.
 flower = importlib.import_module("flwr.client.mod.secure_aggregation.secaggplus_mod")
 
-SITES, THRESHOLD, EXCHANGES, REPETITIONS = 8, 6, 64, 7
+SITES, THRESHOLD, EXCHANGES, REPETITIONS = 8, 6, 64, 6
 WIDTH, LAYERS, VOCABULARY, LENGTH = 256, 12, 1024, 256
 STEPS = {16: 12, 32: 24}
 """Bits of an addend by the word of its ring."""
@@ -123,6 +127,9 @@ class Ours:
         rules = Rules(plan_hash=bytes(32), manifest_hash=bytes(32))
         enrolled = secure_sum.enrol(folder, {name: folder / name for name in names}, rules)
         self._members = {name: enrolled.member(name, folder / name) for name in names}
+        self._inner = 0.0
+        work = self._members["site-0"]._masked
+        self._members["site-0"]._masked = partial(self._timed, work)  # type: ignore[method-assign]
         self._spent: dict[str, float] = {}
         self._sent: dict[str, int] = {}
         self._round = 0
@@ -142,8 +149,6 @@ class Ours:
         began = time.process_time()
         self._words = self._rounded()
         rounding = time.process_time() - began
-        kept = {step: v for step, v in self._spent.items() if step not in (ASK, "ms1/reveal")}
-        self._spent = dict(kept)
         self._round += 1
         asked = Broadcast(
             round=self._round,
@@ -157,30 +162,27 @@ class Ours:
         for name, value in self._words.items():
             if not torch.equal(total.words[name].to(torch.int64), SITES * value.to(torch.int64)):
                 raise RuntimeError(f"the masked sum of {name} is wrong")
-        opening = sum(v for step, v in self._spent.items() if step in kept or not kept)
-        if not kept:
-            opening -= self._spent[ASK] + self._spent["ms1/reveal"]
-        exchange = self._spent[ASK] + self._spent["ms1/reveal"]
+        opening = sum(v for step, v in self._spent.items() if step not in (ASK, REVEAL))
+        around = self._spent[REVEAL] + opening / EXCHANGES
         return {
-            "masking": exchange + opening / EXCHANGES,
-            "keys and shares, a 64th": opening / EXCHANGES,
-            "with rounding": exchange + opening / EXCHANGES + rounding,
-            "streams and additions": self._streams(),
+            "masking": self._inner + around,
+            "with message": self._spent[ASK] + around,
+            "with rounding": self._inner + around + rounding,
+            "keys and shares": opening / EXCHANGES,
             "bound": self._bound(),
         }
 
     def bytes(self) -> dict[str, int]:
         """Sent by the first site in one exchange."""
-        opened = sum(v for s, v in self._sent.items() if s not in (ASK, "ms1/reveal"))
-        return {"up": self._sent[ASK] + self._sent["ms1/reveal"] + opened // EXCHANGES}
+        opened = sum(v for s, v in self._sent.items() if s not in (ASK, REVEAL))
+        return {"up": self._sent[ASK] + self._sent[REVEAL] + opened // EXCHANGES}
 
     def _answer(self, name: str, message: bytes) -> bytes:
         began = time.process_time()
         asked = wire.unpack_broadcast(message)
         answer = self._members[name].answer(asked, message, lambda question: self._words)
         if name == "site-0":
-            spent = time.process_time() - began
-            self._spent[asked.step] = self._spent.get(asked.step, 0.0) + spent
+            self._spent[asked.step] = time.process_time() - began
             self._sent[asked.step] = len(answer)
         return answer
 
@@ -188,12 +190,11 @@ class Ours:
         update = Update(client="site-0", tensors=self._deltas, weight=1)
         return wire.words(update, self._grid, tuple(self._members))
 
-    def _streams(self) -> float:
-        words = np.zeros(
-            sum(v.numel() for v in self._deltas.values()), dtype=masks.MEMORY[self._word]
-        )
-        keys = [bytes([i]) * 32 for i in range(SITES)]
-        return timed(lambda: masks.add_streams(words, plus=keys[:4], minus=keys[4:]))
+    def _timed(self, work: Callable[..., object], *given: object) -> object:
+        began = time.process_time()
+        found = work(*given)
+        self._inner = time.process_time() - began
+        return found
 
     def _bound(self) -> float:
         """The same streams, and as many additions in cache, without anything around them."""
@@ -262,6 +263,7 @@ class Flower:
         found = flower._collect_masked_vectors(first, given, 1000, parameters)
         whole = time.process_time() - began
         self._sent += measured(found)
+        framing = timed(lambda: recorddict_to_proto(packed(found)).SerializeToString())
         masking = self._masking(first, [i for i, _ in sealed])
         everyone = ConfigRecord(
             {Key.ACTIVE_NODE_ID_LIST: list(range(SITES)), Key.DEAD_NODE_ID_LIST: []}
@@ -272,8 +274,9 @@ class Flower:
         self._sent += measured(found)
         return {
             "masking": spent + masking,
-            "keys and shares": spent,
+            "with message": spent + masking + framing,
             "with rounding": spent + whole,
+            "keys and shares": spent,
         }
 
     def bytes(self) -> dict[str, int]:
@@ -317,10 +320,10 @@ def write(
     for name, found in rows.items():
         row = {part: metrics.interval([times[part] for times in found]) for part in found[0]}
         if name != "flwr":
-            for part in ("masking", "with rounding"):
+            for part in ("masking", "with message", "with rounding"):
                 ratios = [a[part] / b[part] for a, b in zip(rows["flwr"], found, strict=True)]
                 row[f"times less than flwr, {part}"] = metrics.interval(ratios)
-            for part in ("masking", "streams and additions"):
+            for part in ("masking", "with message"):
                 shares = [times["bound"] / times[part] for times in found]
                 row[f"share of the bound, {part}"] = metrics.interval(shares)
         table[names[name]] = row
@@ -367,6 +370,11 @@ def timed(work: Callable[[], None]) -> float:
     began = time.process_time()
     work()
     return time.process_time() - began
+
+
+def packed(found: Mapping[str, Any]) -> RecordDict:
+    """The content of its answer, as its mod makes it."""
+    return RecordDict({"secaggplus": ConfigRecord(dict(found), False)})
 
 
 def measured(content: object) -> int:

@@ -7,6 +7,7 @@ travel, and those lie beside these frames.
 import hashlib
 import json
 import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ _HASHED = struct.Struct("<I32s")
 _ENTRY = struct.Struct(f"<Hc{shamir.SHARE_BYTES}s")
 _TAG_BYTES = 16
 _HASH_BYTES = 32
+_MAX_SHAPES_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,19 +213,24 @@ class Revealed:
 
 
 def pack_answer(x: int, asked: bytes, shapes: Shapes) -> bytes:
-    """What stands before the masked words: x, the hash of the frame that asked, and the shapes."""
-    listed = [[name, list(shape)] for name, shape in shapes]
-    return _HASHED.pack(x, asked) + json.dumps(listed, separators=(",", ":")).encode()
+    """What stands before the masked words: x, the hash of the frame that asked, and the shapes,
+    compressed, as names of layers repeat."""
+    listed = json.dumps([[name, list(shape)] for name, shape in shapes], separators=(",", ":"))
+    return _HASHED.pack(x, asked) + zlib.compress(listed.encode(), 9)
 
 
 def unpack_answer(frame: bytes) -> tuple[int, bytes, Shapes]:
     x, asked = _unpacked(_HASHED, frame[: _HASHED.size])
     try:
-        listed = json.loads(frame[_HASHED.size :])
+        reader = zlib.decompressobj()
+        content = reader.decompress(frame[_HASHED.size :], _MAX_SHAPES_BYTES)
+        if not reader.eof or reader.unused_data:
+            raise WireError("the shapes of an answer are cut off, or too many; drop it")
+        listed = json.loads(content)
         shapes = tuple((name, tuple(shape)) for name, shape in listed)
         ordered = [name for name, _ in shapes] == sorted({name for name, _ in shapes})
         sizes = all(type(size) is int and size >= 0 for _, shape in shapes for size in shape)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (zlib.error, ValueError, TypeError, RecursionError) as error:
         raise WireError("the shapes of an answer cannot be read; drop it") from error
     if not ordered or not sizes or not all(type(name) is str for name, _ in shapes):
         raise WireError("the shapes of an answer cannot be read; drop it")

@@ -229,10 +229,7 @@ class Member:
         except (GridOverflow, NotFinite) as error:
             error.code = "grid_overflow" if isinstance(error, GridOverflow) else "not_finite"
             raise
-        shapes, payload, side = flattened(addend, inner.grid)
-        for section, part in enumerate((payload, side)):
-            plus, minus = self._streams(state, ask, section)
-            masks.add_streams(part, plus=plus, minus=minus)
+        shapes, payload, side = self._masked(state, ask, addend, inner.grid)
         answer = self._packed(
             message,
             {
@@ -244,6 +241,15 @@ class Member:
         self._keep(kept, answer)
         self._note_answer(ask, frame, absent=_absent(inner))
         return answer
+
+    def _masked(
+        self, state: _State, ask: frames.Ask, addend: Weights, grid: Grid
+    ) -> tuple[frames.Shapes, masks.Words, masks.Words]:
+        shapes, payload, side = flattened(addend, grid)
+        for section, part in enumerate((payload, side)):
+            plus, minus = self._streams(state, ask, section)
+            masks.add_streams(part, plus=plus, minus=minus)
+        return shapes, payload, side
 
     def _reveal(self, frame: bytes, signature: bytes) -> bytes:
         state = self._current(offered=True)
