@@ -75,8 +75,8 @@ def verdict(evidence: Evidence, defences: Defences) -> str:
     if not evidence.control.passed:
         return "broken"
     reading = read(evidence)
-    shown = [evidence.measures[name] for name in reading.measures if name in evidence.measures]
-    if not any(map(above, shown)):
+    shown = [name for name in reading.measures if name in evidence.measures]
+    if not any(above(evidence.measures[name], chance=_chance(name)) for name in shown):
         return "at_null"
     exact = evidence.measures.get("exact")
     if reading.concern == SEQUENCES and exact is not None and above(exact):
@@ -89,9 +89,9 @@ def verdict(evidence: Evidence, defences: Defences) -> str:
     return "above_null"
 
 
-def above(measure: Measure) -> bool:
-    """Whether the whole interval lies above the null; without a null, above nought."""
-    return measure.low > (measure.null or 0.0) + MARGIN
+def above(measure: Measure, *, chance: float = 0.0) -> bool:
+    """Whether the whole interval lies above the null; without a null, above ``chance``."""
+    return measure.low > (chance if measure.null is None else measure.null) + MARGIN
 
 
 def read(evidence: Evidence) -> Reading:
@@ -153,6 +153,11 @@ def attack_document(evidence: Evidence, *, observer: str, defences: Defences) ->
         "settings": dict(evidence.settings),
         "examples": [{"truth": one.truth, "got": one.got} for one in evidence.examples],
     }
+
+
+def _chance(name: str) -> float:
+    """What a coin scores where no null was measured."""
+    return 0.5 if name.endswith("auc") else 0.0
 
 
 def _measure(value: Measure) -> dict[str, float]:

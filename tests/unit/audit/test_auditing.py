@@ -128,6 +128,7 @@ NOTHING = {"exact": (0.0, 0.0, 0.05, 0.0), "token_recall": (0.1, 0.08, 0.12, 0.1
             Defences(embedding="presence-disclosed"),
             "disclosed",
         ),
+        (evidence("membership", target="sum", auc=(0.5, 0.4, 0.6, None)), Defences(), "at_null"),
         # A noisy null of one update: two hundredths above it says nothing.
         (evidence(token_recall=(0.11, 0.11, 0.11, 0.1)), Defences(), "at_null"),
     ],
