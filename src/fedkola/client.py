@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fedkola import wire
 from fedkola.algorithms import rebuild
-from fedkola.errors import DataError, FedKolaError, UnknownCell, UnknownName
+from fedkola.errors import DataError, FedKolaError, GuardMissing, UnknownCell, UnknownName
 from fedkola.knowledge import forget, journal, windows
 from fedkola.knowledge.journal import Place
 from fedkola.knowledge.stream import Records
@@ -32,7 +32,7 @@ from fedkola.privacy.answering import Answering
 from fedkola.privacy.behind import Behind
 from fedkola.privacy.member import Member
 from fedkola.privacy.policy import Policy
-from fedkola.privacy.record_dp import Sequences
+from fedkola.privacy.sampling import Sequences
 from fedkola.training import evaluate, features, fit, packing, per_unit, pretraining, whole
 from fedkola.training.model import Foundation, encode
 from fedkola.types import (
@@ -254,6 +254,17 @@ class Site:
         return pretraining.advance(
             self._trainer.foundation, weights, batches, course, kept=kept, seed=own
         )
+
+    def clipped(self, weights: Weights, data: Dataset, *, length: int) -> Weights:
+        """Raises GuardMissing for a question without a guard that samples and clips units."""
+        if self._guarded is None or not self._guarded.unit:
+            raise GuardMissing(
+                "clipped gradients were asked for without a guard for single units; set "
+                "privacy.epsilon and privacy.level"
+            )
+        taken, seed = self._guarded.sampled(self._units(data, length, self._guarded.unit))
+        foundation, shorten = self._trainer.foundation, self._guarded.shorten
+        return per_unit.clipped_sum(foundation, weights, taken, shorten, seed=seed)[0]
 
     def nll(self, weights: Weights, data: Dataset, *, length: int, rows: int) -> Tensor:
         sequences = self._sequences(data, length)[0][:rows]

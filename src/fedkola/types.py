@@ -367,6 +367,11 @@ class Client(Protocol):
         """
         ...
 
+    def clipped(self, weights: Weights, data: Dataset, *, length: int) -> Weights:
+        """The sum over sampled units of ``data`` of their clipped gradients at ``weights``;
+        sampling and bound are those of the guard of the question, without which it is refused."""
+        ...
+
     def nll(self, weights: Weights, data: Dataset, *, length: int, rows: int) -> Tensor:
         """(n, 2) float64 of the whole model ``weights``: nats and tokens of the first ``rows``
         sequences of ``data``."""

@@ -19,6 +19,7 @@ from fedkola.errors import PlanError, RunNotFound
 if TYPE_CHECKING:
     from fedkola.evaluation.answers import Answer
     from fedkola.evaluation.session import Session
+    from fedkola.plan import Plan
 
 app = typer.Typer()
 
@@ -212,13 +213,30 @@ def _introduce(session: "Session") -> None:
     print(
         f"plan {digest(plan)[:8]} checked: {plan.algorithm.name}, {session.federation.rounds} "
         f"rounds, {len(stream.sites)} sites, {records:,} records, {len(stream.test):,} to test; "
-        "no secure sum, epsilon inf: this run makes no formal privacy claim"
+        f"{_promise(plan)}"
     )
     for place, reasons in stream.excluded.items():
         print(f"excluded: {place}: " + ", ".join(f"{n} {why}" for why, n in reasons.items()))
     for notice in stream.notices:
         print(f"notice: {notice}")
     sys.stdout.flush()
+
+
+def _promise(plan: "Plan") -> str:
+    """What the run claims about privacy, with the noise where the plan alone decides it."""
+    from fedkola.privacy.record_dp import RecordDP
+    from fedkola.server import guard
+
+    summed = "secure sum" if plan.privacy.secure_sum else "no secure sum"
+    held = guard(plan)
+    if held is None:
+        return f"{summed}, epsilon inf: this run makes no formal privacy claim"
+    sigma = held.sigma if isinstance(held, RecordDP) else held.noise
+    noise = f"noise {sigma:.3g} times the bound" if sigma else "noise found by each site"
+    return (
+        f"{summed}, epsilon {held.epsilon:g} at delta {held.delta:g} for one {held.unit}, whoever "
+        f"looks: {noise}"
+    )
 
 
 def _result(session: "Session", state: Any) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from fedkola.privacy.clip import factor
 from fedkola.privacy.exchange import Exchange
 from fedkola.privacy.guards import Guard, read
 from fedkola.privacy.noise import exchange_key
-from fedkola.privacy.record_dp import NoisyGradient, RecordDP, Sequences, Summed
+from fedkola.privacy.record_dp import NoisyGradient, RecordDP, Summed
+from fedkola.privacy.sampling import Sequences
 from fedkola.privacy.sum_dp import PooledDP, SumDP
 from fedkola.types import Broadcast, Update, Weights
 
@@ -72,6 +73,13 @@ class Answering:
             raise GuardMissing("no guard of this question adds noise to local steps")
         self._demand(guard, *exchange.costs, guard.event(len(units), steps))
         return NoisyGradient(guard, units, exchange, summed)
+
+    def sampled(self, units: Sequence[Sequences]) -> tuple[list[Sequences], int]:
+        """The units of one noisy sum and a seed of it; raises GuardMissing without such a guard."""
+        guard = next((guard for guard in self._guards if isinstance(guard, PooledDP)), None)
+        if guard is None:
+            raise GuardMissing("no guard of this question samples units for a sum")
+        return guard.sampled(units, self._known())
 
     def update(self, update: Update) -> Update:
         """What leaves as real numbers, after the client half of every guard."""

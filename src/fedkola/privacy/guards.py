@@ -113,16 +113,16 @@ def of(plan: Plan, releases: int) -> RecordDP | SiteDP | PooledDP | None:
             'privacy.level = "pooled" samples the units of all sites at one public rate; set '
             "privacy.units to a number of units that every site has at least"
         )
-    found = (PooledDP if p.level == "pooled" else SiteDP)(
-        unit=p.unit if p.level == "pooled" else "site",
+    whole = SiteDP(
+        unit="site",
         epsilon=p.epsilon,
         delta=p.delta,
         clip=p.clip,
         releases=releases,
-        rate=min(1.0, plan.pretrain.batch / p.units) if p.level == "pooled" else 1.0,
         absent=p.absent,
         colluders=p.colluders,
     )
+    found: SiteDP | PooledDP = whole if p.level == "site" else _pooled(plan, whole)
     accounting.require_delta(found.limit, max(p.units, 2))
     accounting.noise_for(found.limit, rate=found.rate, count=releases)
     return found
@@ -180,6 +180,14 @@ class Guarded:
         text = f"fedkola/seed/1/{self._seed}/{broadcast.round}/{broadcast.seed}".encode()
         seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 2
         return replace(broadcast, run=self._run, seed=seed, cohort=cohort, guards=self._specs)
+
+
+def _pooled(plan: Plan, like: SiteDP) -> PooledDP:
+    p = plan.privacy
+    values = {f.name: getattr(like, f.name) for f in fields(like)}
+    rate = min(1.0, plan.pretrain.batch / p.units)
+    given = {**values, "unit": p.unit, "rate": rate, "units": p.units, "sequences": p.sequences}
+    return PooledDP(**given)
 
 
 def _fits(value: Any, kind: Any) -> bool:

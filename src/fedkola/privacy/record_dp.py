@@ -21,10 +21,9 @@ from fedkola.privacy import accounting
 from fedkola.privacy.accounting import Cost, Limit
 from fedkola.privacy.exchange import Exchange
 from fedkola.privacy.noise import Stream
-from fedkola.privacy.sampling import choose, poisson
+from fedkola.privacy.sampling import Sequences, choose, poisson
 from fedkola.types import Aggregate, Broadcast, Update, Weights
 
-Sequences = Sequence[Sequence[int]]
 Summed = Callable[[Weights, Sequence[Sequences], int], Mapping[str, Tensor]]
 """The sum of the clipped gradients of units at some weights: (weights, units, seed)."""
 

@@ -1,6 +1,11 @@
 """Which units a step takes: each with the same probability, independently (Poisson sampling)."""
 
+from collections.abc import Sequence
+
 from fedkola.privacy.noise import Stream
+
+Sequences = Sequence[Sequence[int]]
+"""The token ids of one unit."""
 
 
 def poisson(units: int, rate: float, stream: Stream) -> list[int]:

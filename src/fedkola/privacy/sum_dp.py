@@ -13,7 +13,7 @@ both need secure aggregation, and a sum that lacks more than ``absent`` of its n
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedkola.errors import (
     CohortTooSmall,
+    DataError,
     GridOverflow,
     GuardMissing,
     PrivacyError,
@@ -31,6 +32,7 @@ from fedkola.privacy import accounting, clip
 from fedkola.privacy.accounting import Cost, Limit
 from fedkola.privacy.exchange import Exchange
 from fedkola.privacy.noise import Stream, discrete_gaussian
+from fedkola.privacy.sampling import Sequences, choose, poisson
 from fedkola.types import Aggregate, Broadcast, Grid, Update, Weights
 from fedkola.wire import METRIC, WEIGHT
 
@@ -151,9 +153,34 @@ class SiteDP(SumDP):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PooledDP(SumDP):
-    """Hides one unit of any site in a sum of clipped gradients of sampled units."""
+    """Hides one unit of any site in a sum of clipped gradients of sampled units, each of which
+    brings up to ``sequences`` sequences; every site has ``units`` of them at least."""
 
     name: ClassVar[str] = "pooled_dp"
+    units: int = 1
+    sequences: int = 4
+
+    def sampled(
+        self, units: Sequence[Sequences], exchange: Exchange
+    ) -> tuple[list[Sequences], int]:
+        """The units of this sum, and a seed for it; the cost is noted at the exchange.
+
+        Raises DataError for fewer units than declared, PrivacyError for a second sample.
+        """
+        if len(units) < self.units:
+            raise DataError(
+                f"this site has {len(units)} {self.unit}s, privacy.units declares {self.units} at "
+                "least; bring more, or lower privacy.units"
+            )
+        if exchange.costs:
+            raise PrivacyError("a sample was taken already; one noise serves one sum")
+        exchange.costs.append(self.event())
+        own = Stream(exchange.key, "sequences")
+        taken: list[Sequences] = []
+        for place in poisson(len(units), self.rate, Stream(exchange.key, "sample")):
+            rows = units[place]
+            taken.append([rows[i] for i in choose(len(rows), self.sequences, own)])
+        return taken, int(Stream(exchange.key, "hidden").words(1)[0] >> 2)
 
     def client(self, update: Update, asked: Broadcast, exchange: Exchange) -> Update:
         """Raises GuardMissing for a sum that was not made of clipped gradients of a sample."""
