@@ -44,6 +44,7 @@ _FLOOR = 1e-6
 _DECADE = math.log(10)
 _NEAR = math.log(100)
 _CLEAR = math.log(1e-4)
+_BLURRED = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +173,8 @@ class _Search:
         level = _log(residual)
         order = level.argsort()
         least = order[_outlying(level, self.attack.outlier, sharp=span.sharp)[order]]
-        return least[: _cut(level[least])]
+        kept = least[: _cut(level[least])]
+        return kept if span.sharp else kept[:_BLURRED]
 
     # --- decoders: prefixes --------------------------------------------------------------------
 
@@ -216,12 +218,13 @@ class _Search:
         level = self._levels(prefixes, columns)
         hits: list[tuple[float, int, int]] = []
         for row in range(len(prefixes)):
+            run = _run(prefixes[row])
             outlying = _outlying(level[row], self.attack.outlier, sharp=self.sharp)[: len(here)]
             near = level[row, : len(here)] < (float(levels[row]) / place + _NEAR if place else 0.0)
             hits += [
                 (float(level[row, i]), row, int(here[i]))
                 for i in (outlying & near).nonzero()[:, 0].tolist()
-                if not _repeats(prefixes[row], here[i])
+                if int(here[i]) != run
             ]
         hits.sort()
         kept = hits[: _cut(torch.tensor([step for step, _, _ in hits]))]
@@ -329,10 +332,11 @@ def _cut(ordered: Tensor) -> int:
     return int(gaps.argmax()) + 1
 
 
-def _repeats(prefix: Tensor, token: Tensor) -> bool:
-    """Whether all of three tokens and more are equal: without learned positions such a run reads
-    the same vector at every place, so nothing tells where it ends."""
-    return len(prefix) > 1 and bool((prefix == token).all())
+def _run(prefix: Tensor) -> int | None:
+    """The token that all of two places and more hold, if one does: without learned positions a run
+    from the start reads the same vector at every place, so nothing tells where it ends."""
+    same = len(prefix) > 1 and bool((prefix == prefix[0]).all())
+    return int(prefix[0]) if same else None
 
 
 def _log(residual: Tensor) -> Tensor:
