@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fedkola import __version__
-from fedkola.cli import audit, bank, bench, doctor, forget, models, running, upkeep
+from fedkola.cli import audit, bank, bench, doctor, forget, models, running, site, upkeep
 from fedkola.errors import FedKolaError, LedgerError
 
 # What a disk says when it is full, over quota, read-only or not ours.
@@ -35,6 +35,7 @@ app.add_typer(doctor.app)
 app.add_typer(audit.app)
 app.add_typer(bank.app, name="bank")
 app.add_typer(models.app, name="model")
+app.add_typer(site.app, name="site")
 app.add_typer(bench.app, name="bench")
 
 

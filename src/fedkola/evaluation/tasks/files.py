@@ -341,7 +341,7 @@ def _moments(places: Sequence[tuple[Table, int]], task: Task) -> list[Moment | N
     if task.window and task.window != LABELS_ARRIVE:
         return [_window_value(v) for v in _column(places, task.window, "task.window")]
     if task.time and not task.window:
-        return [_timestamp(v) for v in _column(places, task.time, "task.time")]
+        return [timestamp(v) for v in _column(places, task.time, "task.time")]
     return None
 
 
@@ -357,7 +357,7 @@ def _window_value(value: object) -> Moment | None:
     return Moment(clock="window", value=int(text) if whole else nan, text=text)
 
 
-def _timestamp(value: object) -> Moment | None:
+def timestamp(value: object) -> Moment | None:
     """A number, or an ISO date in seconds; one without a zone is read as UTC."""
     text, problem = plain(value)
     if problem:
