@@ -163,7 +163,9 @@ class Grid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Broadcast:
-    """One question to a cohort. ``algorithm`` names code and hyper-parameters, it is never code."""
+    """One question to a cohort. ``algorithm`` names code and hyper-parameters, it is never code.
+    ``weightless`` says that answers are no means over records: counts that stand beside a weight
+    of 0, or what is taken back, under a weight below 0. Other answers are refused without one."""
 
     run: str = ""
     round: int
@@ -174,6 +176,7 @@ class Broadcast:
     grid: Grid
     algorithm: Spec
     guards: tuple[Spec, ...] = ()
+    weightless: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import struct
 import types
 import typing
@@ -56,6 +57,8 @@ _WORDS = {
     64: torch.int64,
 }
 _PACKED = (24, 40)
+# What a site may refuse by: the name of an error, or a code of the protocol.
+_CODE = re.compile(r"[A-Za-z_]{1,64}")
 T = TypeVar("T")
 
 
@@ -75,6 +78,8 @@ def pack_broadcast(broadcast: Broadcast) -> bytes:
         "algorithm": dict(broadcast.algorithm),
         "guards": [dict(guard) for guard in broadcast.guards],
     }
+    if broadcast.weightless:
+        header["weightless"] = True
     return _frame(header, broadcast.tensors)
 
 
@@ -91,6 +96,7 @@ def unpack_broadcast(message: bytes, *, max_bytes: int = MAX_BODY_BYTES) -> Broa
         grid=_grid(_field(header, "grid", dict)),
         algorithm=_spec(_field(header, "algorithm", dict)),
         guards=tuple(map(_spec, _each(header, "guards", dict))),
+        weightless=_field({"weightless": False} | header, "weightless", bool),
     )
 
 
@@ -195,17 +201,44 @@ def total(replies: Iterable[Reply], grid: Grid, cohort: Cohort) -> Aggregate:
     return Aggregate(cohort=order, words=words, grid=grid)
 
 
-def check_grid(reply: Reply, grid: Grid) -> None:
-    """Raises WireError unless an answer has exactly the grid's names, in words of its size."""
-    if set(reply.words) != set(grid.scale):
-        odd = sorted(set(reply.words) ^ set(grid.scale))[:3]
-        raise WireError(f"{reply.client} answered with other names than asked: {odd}; not summed")
+def check_reply(reply: Reply, asked: Broadcast, *, most: int = 0) -> None:
+    """Raises WireError unless an honest site could have answered so.
+
+    That is: a refusal in one word; or exactly the grid's names in words of its size, none beyond
+    what :func:`words` lets a site of this cohort add; a weight of at most ``most`` records (0: any
+    number), and unless the question is ``weightless`` of at least 0, and above 0 beside numbers.
+    Whatever passes can be summed without leaving its word. It may still be a lie.
+    """
+    if reply.refused:
+        if not _CODE.fullmatch(reply.refused):
+            raise WireError(f"{reply.client[:80]!r} refused by {reply.refused[:40]!r}, no code")
+        return
+    _check_grid(reply, asked.grid)
+    if asked.grid.word == 8:
+        return
+    limit = _limit(asked.grid, len(asked.cohort))
     for name, value in reply.words.items():
-        if value.dtype != _WORDS[grid.word]:
+        if (largest := _largest(value)) > limit:
             raise WireError(
-                f"{reply.client} sent {name} as {value.dtype}, asked for {_WORDS[grid.word]}; "
-                "not summed"
+                f"{reply.client} sent {largest} in {name}, {limit} is the most of one of "
+                f"{len(asked.cohort)} sites; not summed"
             )
+    weight = reply.words.get(WEIGHT)
+    if weight is None:
+        return
+    if weight.dim():
+        raise WireError(f"{reply.client} sent {weight.numel()} weights; one is asked for")
+    records = int(weight) / 2 ** asked.grid.scale[WEIGHT]
+    if (records < 0 and not asked.weightless) or abs(records) > (most or abs(records)):
+        raise WireError(
+            f"{reply.client} answered for {records:g} records, expected 0 to {most or 'any'}; not "
+            "summed"
+        )
+    if asked.weightless:
+        return
+    addends = (v for n, v in reply.words.items() if n != WEIGHT and not n.startswith(METRIC))
+    if records == 0 and any(bool(value.any()) for value in addends):
+        raise WireError(f"{reply.client} sent numbers of no record at all; not summed")
 
 
 def add(left: Aggregate, right: Aggregate) -> Aggregate:
@@ -390,9 +423,28 @@ def _fraction(grid: Grid, name: str) -> int:
     return grid.scale[name]
 
 
-def _quantise(name: str, value: Tensor, grid: Grid, cohort: int) -> Tensor:
+def _check_grid(reply: Reply, grid: Grid) -> None:
+    if set(reply.words) != set(grid.scale):
+        odd = sorted(set(reply.words) ^ set(grid.scale))[:3]
+        raise WireError(f"{reply.client} answered with other names than asked: {odd}; not summed")
+    if reply.word not in (0, grid.word):
+        raise WireError(f"{reply.client} sent words of {reply.word} bits, asked for {grid.word}")
+    for name, value in reply.words.items():
+        if value.dtype != _WORDS[grid.word]:
+            raise WireError(
+                f"{reply.client} sent {name} as {value.dtype}, asked for {_WORDS[grid.word]}; "
+                "not summed"
+            )
+
+
+def _limit(grid: Grid, cohort: int) -> int:
+    """The largest word that one of so many sites may add."""
     shares = 1 if grid.bounded else max(cohort, 1)
-    limit = min(2 ** (grid.bits - 1) - 1, (2 ** (grid.word - 1) - 1) // shares)
+    return int(min(2 ** (grid.bits - 1) - 1, (2 ** (grid.word - 1) - 1) // shares))
+
+
+def _quantise(name: str, value: Tensor, grid: Grid, cohort: int) -> Tensor:
+    limit = _limit(grid, cohort)
     fraction = _fraction(grid, name)
     if value.is_floating_point():
         if not bool(torch.isfinite(value).all()):

@@ -380,15 +380,78 @@ def test_two_answers_of_two_shapes_are_no_sum():
         wire.total([addend(1.0, client="a"), odd], GRID, ("odd", "a"))
 
 
+def asking(grid: Grid, *, weightless: bool = False) -> Broadcast:
+    return Broadcast(
+        round=1,
+        step="s",
+        cohort=("a", "b"),
+        tensors={},
+        grid=grid,
+        algorithm={},
+        weightless=weightless,
+    )
+
+
 def test_an_answer_in_other_words_than_the_grid_is_refused():
     right = addend(1.0, client="a")
-    wire.check_grid(right, GRID)
+    wire.check_reply(right, asking(GRID))
     wide = {name: value.to(torch.int64) for name, value in right.words.items()}
     real = {name: value.to(torch.float32) for name, value in right.words.items()}
     more = {**right.words, "y": torch.zeros(1, dtype=torch.int32)}
     for words in (wide, real, more, {}):
         with pytest.raises(WireError, match="not summed"):
-            wire.check_grid(Reply(client="a", words=words), GRID)
+            wire.check_reply(Reply(client="a", words=words), asking(GRID))
+
+
+def of(number: int, weight: int) -> Reply:
+    words = {"x": torch.tensor([number], dtype=torch.int32)}
+    words["weight"] = torch.tensor(weight, dtype=torch.int32)
+    return Reply(client="a", words=words)
+
+
+def test_an_answer_beyond_what_a_site_may_add_is_refused():
+    grid = Grid(word=32, bits=32, scale={"weight": 0, "x": 4})
+    most = (2**31 - 1) // 2
+    wire.check_reply(of(most, 1), asking(grid))
+    wire.check_reply(of(-most, most), asking(grid))
+    for number, weight in ((most + 1, 1), (-most - 1, 1), (0, most + 1), (-(2**31), 1)):
+        with pytest.raises(WireError, match="not summed"):
+            wire.check_reply(of(number, weight), asking(grid))
+    wire.check_reply(of(most + 1, 1), asking(replace(grid, bounded=True)))
+
+
+def test_a_weight_below_0_or_beyond_the_most_records_is_refused():
+    grid = Grid(word=32, bits=32, scale={"weight": 2, "x": 4})
+    wire.check_reply(of(1, 40), asking(grid), most=10)
+    for weight in (41, -4):
+        with pytest.raises(WireError, match="expected 0 to 10"):
+            wire.check_reply(of(1, weight), asking(grid), most=10)
+    with pytest.raises(WireError, match="expected 0 to any"):
+        wire.check_reply(of(1, -4), asking(grid))
+    wire.check_reply(of(1, -4), asking(grid, weightless=True), most=10)
+    with pytest.raises(WireError, match="answered for -11 records"):
+        wire.check_reply(of(1, -44), asking(grid, weightless=True), most=10)
+
+
+def test_numbers_of_no_record_are_refused_unless_something_is_taken_back():
+    wire.check_reply(of(0, 0), asking(GRID))
+    with pytest.raises(WireError, match="no record at all"):
+        wire.check_reply(of(1, 0), asking(GRID))
+    wire.check_reply(of(1, 0), asking(GRID, weightless=True))
+
+
+def test_a_refusal_is_one_word_and_no_text():
+    wire.check_reply(Reply(client="a", refused="PolicyRefused"), asking(GRID))
+    for refused in ("<script>", "a b", "x" * 65):
+        with pytest.raises(WireError, match="no code"):
+            wire.check_reply(Reply(client="a", refused=refused), asking(GRID))
+
+
+def test_a_question_says_only_where_it_is_so_that_answers_take_back():
+    plain, back = asking(GRID), asking(GRID, weightless=True)
+    assert b"weightless" not in wire.pack_broadcast(plain)
+    assert wire.unpack_broadcast(wire.pack_broadcast(plain)).weightless is False
+    assert wire.unpack_broadcast(wire.pack_broadcast(back)).weightless is True
 
 
 def test_a_sum_that_leaves_its_word_is_refused_and_does_not_wrap():

@@ -262,7 +262,9 @@ class FedKoLa:
             **adaptation.carried(self.factors),
         }
         scale = {**windows.SCALE, **dict.fromkeys(("stale_holders", "stale", "repeats"), 0)}
-        return ask(self, "vote", number, tensors, word=64, scale=scale)
+        # A site without new records still counts those that wait.
+        asked = ask(self, "vote", number, tensors, word=64, scale=scale)
+        return replace(asked, weightless=True)
 
     def _revise(
         self, number: int, bank: Bank, votes: Aggregate, clients: Clients

@@ -97,7 +97,7 @@ def withdraw(
             whole=[questions.place(terms.catalogue, held) for held in revoked],
         )
         members = tuple(site for site in cohort if site in about.cohort)
-        delta = clients.sum(members, asked)
+        delta = clients.sum(members, replace(asked, weightless=True))
         if delta.cohort != members:
             return before, frozenset(members) - frozenset(delta.cohort)
         total = wire.add(cell.total, replace(delta, grid=cell.total.grid))
@@ -194,6 +194,8 @@ def residual(
         **adaptation.carried(terms.factors),
     }
     asked = ask(terms.spec, "residual", number, tensors, word=32, scale={"margins": 0})
+    # The weight counts forgotten records; beside them a site counts those it never gave.
+    asked = replace(asked, weightless=True)
     return clients.sum(cohort, asked).words["margins"].to(torch.int64)
 
 
