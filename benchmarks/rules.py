@@ -170,8 +170,9 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Measured on {where['cores']} cores ({where['processor']}), one used, torch "
-        f"{where['torch']}, Python {where['python']}, load {where['load']:.1f}. byzfl 0.0.11 knows "
-        "no rule where its columns are empty. Reproduce: `python benchmarks/rules.py`.",
+        f"{where['torch']}, Python {where['python']}, load {where['load']:.1f}; byzfl 0.0.11, of "
+        "which no rule was run where its columns are empty. Reproduce: `python "
+        "benchmarks/rules.py`.",
         "",
     ]
     return "\n".join(lines)

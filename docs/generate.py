@@ -133,6 +133,7 @@ def type_name(hint: Any) -> str:
         "tuple[str, ...]": "list of texts",
         "Mapping[str, float]": "table of numbers",
         "Mapping[str, int]": "table of whole numbers",
+        "Mapping[str, str]": "table of texts",
         "Mapping[str, tuple[str, ...]]": "table of lists of texts",
         "float | None": "number, or absent",
     }

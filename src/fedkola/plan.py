@@ -96,7 +96,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """What goes wrong. By site: the share of labels replaced, the first round it answers, the
+    """What goes wrong. By site: the share of records that are wrong (``noise`` says how, ``target``
+    where poison leads), what it lies about its sums (``liars``), the first round it answers, the
     round after which it leaves and is forgotten, or only answers no more (``quit``), the windows
     by which news reaches it later (``release``), the scopes it may use (``access``; a site that is
     not named may use all), the epsilon that it may spend at most (``budget``).
@@ -107,6 +108,9 @@ class Scenario:
     """
 
     noisy: Mapping[str, float] = field(default_factory=dict)
+    noise: str = "symmetric"
+    target: str = ""
+    liars: Mapping[str, str] = field(default_factory=dict)
     late: Mapping[str, int] = field(default_factory=dict)
     leave: Mapping[str, int] = field(default_factory=dict)
     quit: Mapping[str, int] = field(default_factory=dict)
@@ -125,10 +129,12 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cohort:
-    """Sites asked in a round (0 is all of them) and the least that must answer."""
+    """Sites asked in a round (0 is all of them), the least that must answer, and the most records
+    that one of them may answer for (0 is any number)."""
 
     size: int = 0
     minimum: int = 3
+    records: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -348,6 +354,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "scenario.spell": (1, _HUGE),
     "cohort.size": (0, _WORD),
     "cohort.minimum": (1, _WORD),
+    "cohort.records": (0, _WORD),
     "algorithm.rank": (1, _WORD),
     "algorithm.ranks": (1, _WORD),
     "algorithm.alpha": (_TINY, _HUGE),

@@ -27,6 +27,7 @@ from fedkola.audit.transcript import Transcript
 from fedkola.client import Site, Trainer
 from fedkola.engines import ENGINES
 from fedkola.engines.in_process import Answer
+from fedkola.engines.lying import lying
 from fedkola.errors import (
     CohortTooSmall,
     Incompatible,
@@ -50,6 +51,7 @@ from fedkola.privacy.member import LEAST, Rules
 from fedkola.privacy.record_dp import RecordDP
 from fedkola.privacy.secure_sum import Enrolled
 from fedkola.privacy.sum_dp import PooledDP, SiteDP
+from fedkola.quality.lies import LIES
 from fedkola.training import adapters, features, model
 from fedkola.training.model import Foundation
 from fedkola.types import (
@@ -74,6 +76,13 @@ def check(plan: Plan) -> None:
     """Refuse before round 1 what could not hold: unknown names, protections this version lacks."""
     _known("algorithm.name", plan.algorithm.name, ALGORITHMS)
     _known("engine.name", plan.engine.name, ENGINES)
+    for site, lie in plan.scenario.liars.items():
+        _known(f"scenario.liars.{site}", lie, LIES)
+    if plan.scenario.liars and plan.privacy.secure_sum:
+        raise Incompatible(
+            "scenario.liars needs to see the sums of single sites and privacy.secure_sum hides "
+            "them; leave one of them out"
+        )
     if plan.quality.mode != "off":
         raise Incompatible(f"quality.mode = {plan.quality.mode!r}: this version only has 'off'")
     if plan.knowledge.membership != "padded":
@@ -168,6 +177,7 @@ def assemble(
     }
     valid = in_rounds(stream.catalogue, plan.run.rounds_per_window)
     answers = {name: site.answer for name, site in sites.items()}
+    answers = lying({name: site.answer for name, site in sites.items()}, plan.scenario.liars)
     transcript = Transcript(folder / transcripts.NAME, keep=keep) if keep else None
     level = report_level(plan, stream.catalogue)
     return Federation(
@@ -204,7 +214,9 @@ def connect(
     transcript: Transcript | None = None,
 ) -> Clients:
     """The server's view of sites that answer in bytes, in the wrappers that the plan asks for."""
-    engine: Engine = ENGINES[plan.engine.name](answers, order=plan.engine.order)
+    engine: Engine = ENGINES[plan.engine.name](
+        answers, order=plan.engine.order, most=plan.cohort.records
+    )
     if transcript is not None:
         engine = Tap(engine, transcript)
     clients: Clients = secured.over(engine) if secured else engine

@@ -79,6 +79,9 @@ plans = st.builds(
     scenario=st.builds(
         Scenario,
         noisy=st.dictionaries(texts, shares, max_size=3),
+        noise=texts,
+        target=texts,
+        liars=st.dictionaries(texts, texts, max_size=3),
         late=st.dictionaries(texts, positive, max_size=3),
         leave=st.dictionaries(texts, positive, max_size=3),
         quit=st.dictionaries(texts, positive, max_size=3),
@@ -89,7 +92,12 @@ plans = st.builds(
         absent=st.floats(0, 0.5),
         spell=st.floats(1, 1e6),
     ),
-    cohort=st.builds(Cohort, size=st.sampled_from([0, 5, 2**63 - 1]), minimum=st.integers(1, 5)),
+    cohort=st.builds(
+        Cohort,
+        size=st.sampled_from([0, 5, 2**63 - 1]),
+        minimum=st.integers(1, 5),
+        records=counts,
+    ),
     algorithm=st.builds(
         Algorithm,
         name=texts,

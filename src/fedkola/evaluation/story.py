@@ -27,6 +27,7 @@ from fedkola.knowledge.bank import CellKind
 from fedkola.knowledge.stream import Records
 from fedkola.ledger import EventRow, Ledger, RoundRow
 from fedkola.plan import as_dict
+from fedkola.quality.corrupt import LABEL_NOISES
 from fedkola.types import Dataset
 
 OUTSIDE = "quarterly revenue of the shipping company rose by four percent"
@@ -209,7 +210,11 @@ def _sites(federation: Federation, agreement: Mapping[str, float]) -> list[dict[
     for name, data in federation.stream.sites.items():
         roles = []
         if name in scenario.noisy:
-            roles.append(f"noisy: {scenario.noisy[name]:.0%} of its labels are wrong")
+            what = "labels" if scenario.noise in LABEL_NOISES else "records"
+            kind = "" if scenario.noise == "symmetric" else f" ({scenario.noise})"
+            roles.append(f"noisy: {scenario.noisy[name]:.0%} of its {what} are wrong{kind}")
+        if name in scenario.liars:
+            roles.append(f"lies about its sums: {scenario.liars[name]}")
         if name in scenario.late:
             roles.append(f"late: answers from round {scenario.late[name]}")
         if name in scenario.leave:

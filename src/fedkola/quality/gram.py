@@ -38,7 +38,9 @@ def chunks(rows: Sequence[Row]) -> Iterator[tuple[str, int, Array]]:
         for start in range(0, known[name].numel(), width):
             chunk = buffer[:, : min(width, known[name].numel() - start)]
             for target, row in zip(chunk, flat, strict=True):
-                if row is not None:
+                if row is None:
+                    target.zero_()
+                else:
                     target.copy_(row[start : start + chunk.shape[1]])
             yield name, start, chunk.numpy()
 

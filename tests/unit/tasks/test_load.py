@@ -4,6 +4,7 @@ from fedkola.errors import UnknownName
 from fedkola.evaluation import tasks
 from fedkola.knowledge.stream import Stream
 from fedkola.plan import Plan, Scenario, Task
+from fedkola.quality.corrupt import KINDS
 from fedkola.types import Catalogue, Dataset
 
 SMALL = Task(per_label=4, windows=6)
@@ -36,6 +37,32 @@ def test_noise_never_makes_a_label_arrive_before_its_window():
     data = noisy.sites["westside-general"]
 
     assert set(zip(data.labels, data.windows, strict=True)) <= arriving
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"matrix", "shuffle_answers", "stale"}))
+def test_every_kind_of_noise_is_an_entry_of_a_plan(kind: str):
+    clean = tasks.load(Plan(task=SMALL))
+    site, target = "oldtown-metabolic", clean.sites["oldtown-metabolic"].labels[0]
+    # Of one label there are few records, which clean-label poison has to be among.
+    noisy = tasks.load(
+        Plan(task=SMALL, scenario=Scenario(noisy={site: 1.0}, noise=kind, target=target))
+    )
+    before, after = clean.sites[site], noisy.sites[site]
+
+    assert noisy.about[site]["kind"] == kind
+    assert noisy.about[site]["replaced"] > 0
+    assert after.records[: len(before)] == before.records
+    assert after.windows[: len(before)] == before.windows
+    changed = sum(after.take([i]) != before.take([i]) for i in range(len(before)))
+    changed += len(after) - len(before)
+    assert changed == noisy.about[site]["replaced"]
+    assert noisy.sites["westside-general"] == clean.sites["westside-general"]
+
+
+@pytest.mark.parametrize("kind", ["matrix", "gaussian", ""])
+def test_noise_that_a_plan_cannot_name_is_refused(kind: str):
+    with pytest.raises(UnknownName, match="is no noise; set one of annotator"):
+        tasks.load(Plan(task=SMALL, scenario=Scenario(noise=kind)))
 
 
 def test_an_unknown_task_is_refused_with_those_there_are():

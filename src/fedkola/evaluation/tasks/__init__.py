@@ -24,8 +24,9 @@ from fedkola.evaluation.tasks import (
 )
 from fedkola.evaluation.tasks.tables import nearest
 from fedkola.knowledge.stream import Stream
-from fedkola.plan import Plan
-from fedkola.quality.corrupt import symmetric
+from fedkola.plan import Plan, Scenario
+from fedkola.quality.corrupt import KINDS, LABEL_NOISES, Known, joined, likest, spelling
+from fedkola.types import Dataset
 
 TASKS: Mapping[str, Callable[..., Stream]] = {
     "facts": facts.load,
@@ -45,8 +46,10 @@ def load(plan: Plan) -> Stream:
     """The stream of a plan, as its scenario changes it; the test stays as it is.
 
     *Noise.* A wrong label is drawn from those that reach any site in the same window (from the
-    catalogue where that is one label), so that noise never makes knowledge arrive early. ``about``
-    of a noisy site gets ``noise`` (the rate) and ``replaced`` (how many labels).
+    catalogue where that is one label), so that noise never makes knowledge arrive early. Labels
+    are alike whose texts are spelt alike; older labels are those that the catalogue says were
+    replaced. ``about`` of a noisy site gets ``noise`` (the rate), ``kind`` and ``replaced`` (how
+    many records).
     *Release.* What everybody starts with, window 1, stays; later records reach a site so many
     windows later, at the latest in the last window. Of a record that then arrives twice in one
     window the newer text is kept. ``about`` gets ``release``, the delay.
@@ -63,6 +66,7 @@ def load(plan: Plan) -> Stream:
     scenario = plan.scenario
     for key, sites in (
         ("scenario.noisy", scenario.noisy),
+        ("scenario.liars", scenario.liars),
         ("scenario.late", scenario.late),
         ("scenario.leave", scenario.leave),
         ("scenario.quit", scenario.quit),
@@ -76,35 +80,73 @@ def load(plan: Plan) -> Stream:
                     f"{key} names {site!r}, which is no site of this task; nearest is "
                     f"{nearest(site, stream.sites)}; sites are {', '.join(stream.sites)}"
                 )
-    stream = _noisy(stream, scenario.noisy, plan.run.seed)
+    stream = _noisy(stream, scenario, plan.run.seed)
     return _restricted(_released(stream, scenario.release), scenario.access)
 
 
-def _noisy(stream: Stream, rates: Mapping[str, float], seed: int) -> Stream:
+def _noisy(stream: Stream, scenario: Scenario, seed: int) -> Stream:
+    if scenario.noise not in KINDS or scenario.noise == "matrix":
+        names = ", ".join(sorted(set(KINDS) - {"matrix"}))
+        raise UnknownName(f"scenario.noise = {scenario.noise!r} is no noise; set one of {names}")
+    if not scenario.noisy:
+        return stream
     arriving: defaultdict[int, set[str]] = defaultdict(set)
     for data in stream.sites.values():
         for label, window in zip(data.labels, data.windows, strict=True):
             arriving[window].add(label)
     sites, about = dict(stream.sites), {name: dict(told) for name, told in stream.about.items()}
-    for site, rate in rates.items():
+    for site, rate in scenario.noisy.items():
         clean = stream.sites[site]
-        labels = list(clean.labels)
+        data, more, wrong = clean, clean.take(()), 0
         for window in sorted(set(clean.windows)):
             rows = [i for i, w in enumerate(clean.windows) if w == window]
             codes = arriving[window] if len(arriving[window]) > 1 else stream.catalogue.codes()
-            wrong = symmetric(clean.take(rows), rate, sorted(codes), seed)
-            for i, label in zip(rows, wrong.labels, strict=True):
-                labels[i] = label
-        sites[site] = replace(clean, labels=tuple(labels))
-        if clean.prompts:
+            part = clean.take(rows)
+            found = KINDS[scenario.noise](
+                part, rate, seed, _known(stream, part, scenario, site, sorted(codes))
+            )
+            data = _put(data, rows, found.data)
+            more = joined(more, found.data.take(range(len(rows), len(found.data))))
+            wrong += sum(found.wrong)
+        if clean.prompts and data.labels != clean.labels and scenario.noise in LABEL_NOISES:
             # Where a text is the answer, a wrong label is a wrong text.
-            names = stream.catalogue.texts
-            pairs = zip(labels, clean.labels, clean.texts, strict=True)
-            texts = tuple(names.get(new, new) if new != old else text for new, old, text in pairs)
-            sites[site] = replace(sites[site], texts=texts)
-        replaced = sum(new != old for new, old in zip(labels, clean.labels, strict=True))
-        about[site] |= {"noise": rate, "replaced": replaced}
+            written = stream.catalogue.texts
+            pairs = zip(data.labels, clean.labels, clean.texts, strict=True)
+            texts = tuple(written.get(new, new) if new != old else text for new, old, text in pairs)
+            data = replace(data, texts=texts)
+        sites[site] = joined(data, more)
+        about[site] |= {"noise": rate, "kind": scenario.noise, "replaced": wrong}
     return replace(stream, sites=sites, about=about)
+
+
+def _known(
+    stream: Stream, part: Dataset, scenario: Scenario, site: str, codes: Sequence[str]
+) -> Known:
+    """What the plan's kind of noise draws on, and nothing that takes long for another kind."""
+    near: Mapping[str, str] = {}
+    features = spelling(part.texts) if scenario.noise == "feature_dependent" else None
+    if scenario.noise == "confusable":
+        everyone = list(stream.sites.values())
+        near = likest(
+            spelling([text for data in everyone for text in data.texts]),
+            [label for data in everyone for label in data.labels],
+            codes,
+        )
+    return Known(
+        codes=tuple(codes),
+        likest=near,
+        older={heir: label.code for label in stream.catalogue.labels for heir in label.replaced_by},
+        features=features,
+        target=scenario.target,
+        site=site,
+    )
+
+
+def _put(data: Dataset, rows: Sequence[int], part: Dataset) -> Dataset:
+    """``data`` with its ``rows`` as in the first rows of ``part``."""
+    place = dict(zip(rows, range(len(rows)), strict=True))
+    both = joined(data, part)
+    return both.take([len(data) + place[i] if i in place else i for i in range(len(data))])
 
 
 def _released(stream: Stream, delays: Mapping[str, int]) -> Stream:
