@@ -176,7 +176,6 @@ def assemble(
         for name, (kept, never) in parts.items()
     }
     valid = in_rounds(stream.catalogue, plan.run.rounds_per_window)
-    answers = {name: site.answer for name, site in sites.items()}
     answers = lying({name: site.answer for name, site in sites.items()}, plan.scenario.liars)
     transcript = Transcript(folder / transcripts.NAME, keep=keep) if keep else None
     level = report_level(plan, stream.catalogue)

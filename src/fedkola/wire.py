@@ -229,12 +229,14 @@ def check_reply(reply: Reply, asked: Broadcast, *, most: int = 0) -> None:
     if weight.dim():
         raise WireError(f"{reply.client} sent {weight.numel()} weights; one is asked for")
     records = int(weight) / 2 ** asked.grid.scale[WEIGHT]
-    if (records < 0 and not asked.weightless) or abs(records) > (most or abs(records)):
+    # The noise of a guard may stand without records, and in a weight.
+    free = asked.weightless or bool(asked.guards)
+    if (records < 0 and not free) or abs(records) > (most or abs(records)):
         raise WireError(
             f"{reply.client} answered for {records:g} records, expected 0 to {most or 'any'}; not "
             "summed"
         )
-    if asked.weightless:
+    if free:
         return
     addends = (v for n, v in reply.words.items() if n != WEIGHT and not n.startswith(METRIC))
     if records == 0 and any(bool(value.any()) for value in addends):
