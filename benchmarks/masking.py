@@ -347,6 +347,8 @@ def write(
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "masking.json").write_text(json.dumps(found, indent=1) + "\n")
     lines = [
+        "# What masking costs a site",
+        "",
         f"{size:,} parameters, {SITES} sites, one thread; mean and 95 % interval of "
         f"{REPETITIONS} turns.",
         "",
