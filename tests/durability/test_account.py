@@ -140,7 +140,7 @@ def listening(whole: Federation, questions: list[bytes]) -> Clients:
 def test_the_ledger_keeps_a_copy_of_the_account(tmp_path: Path) -> None:
     small.run(federation(tmp_path))
     with Ledger.open(tmp_path) as ledger:
-        spent = [row["spent"] for row in ledger.rounds("private")]
+        spent = [row.report["spent"] for row in ledger.rounds("private")]
     assert [one["unit"] for one in spent] == ["patient"] * 3
     assert spent[0]["epsilon"] < spent[1]["epsilon"] < spent[2]["epsilon"] <= 2
     own = accounting.spent(tmp_path / "sites" / "north", unit="patient", delta=1e-3)
@@ -153,6 +153,6 @@ def test_a_site_with_a_budget_of_its_own_refuses_with_the_reason_and_the_run_goe
     whole = federation(tmp_path, "scenario.budget.north=1.7", "cohort.minimum=2")
     small.run(whole)
     with Ledger.open(tmp_path) as ledger:
-        refused = [row["refused"] for row in ledger.rounds("private")]
+        refused = [row.report["refused"] for row in ledger.rounds("private")]
     assert refused == [{}, {}, {"north": "BudgetExhausted"}]
     assert [len(held) for held in accounts(tmp_path).values()] == [2, 3, 3]

@@ -123,7 +123,7 @@ class SumDP:
         if len(scales) != 1:
             raise GuardMissing(
                 f"tensors stand on grids of {sorted(scales)} fractional bits; noise inside the sum "
-                "needs one grid for all, as of the algorithm ddgauss"
+                "needs one grid for all"
             )
         places = sum(words[name].numel() for name in names)
         reach = self.clip * 2.0 ** scales.pop() + math.sqrt(places)
@@ -187,7 +187,7 @@ class PooledDP(SumDP):
         if self.event() not in exchange.costs:
             raise GuardMissing(
                 f"step {asked.step!r} answers without clipping single units, which {self.name} "
-                "needs; use the algorithm ddgauss"
+                "needs; ask for client.clipped"
             )
         return SumDP.client(self, update, asked, exchange)
 
