@@ -9,6 +9,7 @@ file of its own, so a killed benchmark goes on where it stopped.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -115,22 +116,30 @@ class Bench:
     def tuned(self, row: str) -> float:
         """The rate with the best accuracy on development records; ties go to the smaller one.
 
-        While the largest rate tried is the best, its double is tried too, up to MOST_RATE. 0 where
-        a rate of the grid was not tried.
+        Where that is the largest of the grid, its double is taken instead if it is better by more
+        than a standard error, and so on up to MOST_RATE: tuning runs are small, and a rate that is
+        no better in them but larger does worse in the full ones. 0 where a rate of the grid was
+        not tried.
         """
-        scored: dict[float, float] = {}
-        waiting = list(self.size.rates)
-        if len(waiting) == 1:
-            return waiting[0]
-        while waiting:
-            rate = waiting.pop(0)
-            cell = self._measured(row, TUNING_SEED, rate, self.size.tuning)
-            if not cell:
+        rates = self.size.rates
+        if len(rates) == 1:
+            return rates[0]
+        tried = [self._developed(row, rate) for rate in rates]
+        if not all(tried):
+            return 0.0
+        score, less = max((found["top1"], -rate) for found, rate in zip(tried, rates, strict=True))
+        best = -less
+        while best >= max(rates) and 2 * best <= MOST_RATE:
+            found = self._developed(row, 2 * best)
+            if not found or found["top1"] - score <= _error(score, found["asked"]):
                 break
-            scored[rate] = cell["dev"]["top1"]
-            if not waiting and _best(scored) == rate and 2 * rate <= MOST_RATE:
-                waiting.append(2 * rate)
-        return _best(scored) if scored.keys() >= set(self.size.rates) else 0.0
+            best, score = 2 * best, found["top1"]
+        return best
+
+    def _developed(self, row: str, rate: float) -> Found:
+        """How a rate does on development records; empty where it is not to be measured now."""
+        cell = self._measured(row, TUNING_SEED, rate, self.size.tuning)
+        return cell["dev"] if cell else {}
 
     def cell(self, row: str, seed: int, rate: float) -> Found:
         """One cell of the table; empty where it is not to be measured now."""
@@ -324,8 +333,9 @@ def table(result: Mapping[str, Any]) -> str:
 _DIGITS = {"megabytes": 2, "cpu_s": 0, "lag": 1}
 
 
-def _best(scored: Mapping[float, float]) -> float:
-    return max(scored, key=lambda rate: (scored[rate], -rate))
+def _error(share: float, asked: int) -> float:
+    """The standard error of a share of so many records."""
+    return sqrt(share * (1 - share) / asked)
 
 
 def _fewer(result: Mapping[str, Any], row: str) -> str:

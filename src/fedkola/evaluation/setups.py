@@ -34,7 +34,7 @@ class Row:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
     """How large a profile is. ``tuning`` makes the runs smaller that choose a rate: of ``rates``,
-    and of their doubles up to MOST_RATE for as long as the largest one tried is the best."""
+    and of their doubles up to MOST_RATE while the largest one tried is clearly the best."""
 
     seeds: int
     settings: tuple[str, ...]
