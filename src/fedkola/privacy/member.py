@@ -33,6 +33,7 @@ from fedkola.privacy.keys import Epoch, Roster
 from fedkola.types import Broadcast, Grid, Reply, Weights
 
 OPEN, SHARE, RELAY, ASK, REVEAL = (f"ms1/{s}" for s in ("open", "share", "relay", "ask", "reveal"))
+NO_EPOCH = "no_epoch"
 FOLDER, IDENTITY, PINNED = "secure_sum", "identity.key", "site.toml"
 LEAST = 3
 """With fewer sites, a site that subtracts its own addend from the sum reads another's."""
@@ -426,7 +427,7 @@ class Member:
         if state is None or (offered and not state.offers):
             raise PrivacyError(
                 "this site has no open epoch, or has not seen its offers; open a new one",
-                code="no_epoch",
+                code=NO_EPOCH,
             )
         return state
 
@@ -469,7 +470,7 @@ class Member:
     def _kept_answer(self, state: _State, x: int, digest: bytes) -> Path:
         """Where the answer to this ask is kept; raises PrivacyError for an x that is used."""
         if not state.epoch.first <= x < state.epoch.first + state.epoch.count:
-            raise PrivacyError(f"exchange {x} is not of this epoch", code="no_epoch")
+            raise PrivacyError(f"exchange {x} is not of this epoch", code=NO_EPOCH)
         path = self._folder / f"answer-{x}-{digest.hex()}"
         last = max(self._log().answered, default=-1)
         if not path.exists() and (x <= last or any(self._folder.glob(f"answer-{x}-*"))):

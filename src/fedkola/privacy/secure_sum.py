@@ -28,7 +28,18 @@ from fedkola.errors import CohortTooSmall, FedKolaError, PrivacyError, UpdateHid
 from fedkola.privacy import frames, keys, masks, member, shamir
 from fedkola.privacy.graph import choose_graph, neighbours
 from fedkola.privacy.keys import Roster
-from fedkola.privacy.member import ASK, FOLDER, IDENTITY, OPEN, RELAY, REVEAL, SHARE, Member, Rules
+from fedkola.privacy.member import (
+    ASK,
+    FOLDER,
+    IDENTITY,
+    NO_EPOCH,
+    OPEN,
+    RELAY,
+    REVEAL,
+    SHARE,
+    Member,
+    Rules,
+)
 from fedkola.types import Aggregate, Broadcast, Cohort, Engine, Grid, Reply, Spec, Tally, Update
 
 logger = logging.getLogger(__name__)
@@ -67,6 +78,16 @@ class _Sum:
     sites: list[int]
 
 
+class _EpochOver(CohortTooSmall):
+    """No site that was asked has the epoch any more."""
+
+    def __init__(self, sites: set[str]) -> None:
+        super().__init__(
+            f"none of {', '.join(sorted(sites))} has the epoch that was just opened; see their logs"
+        )
+        self.sites = sites
+
+
 class SecureSum:
     """Clients over an engine, by whose replies the messages of the protocol travel."""
 
@@ -89,6 +110,7 @@ class SecureSum:
         self._exchanges = exchanges
         self._epoch: _Epoch | None = None
         self._refused: dict[str, str] = {}
+        self._reopened: set[str] = set()
 
     def roster(self) -> Cohort:
         return self._inner.roster()
@@ -102,8 +124,10 @@ class SecureSum:
     def tally(self) -> Tally:
         """Traffic and refusals of all messages of the protocol since the last call."""
         found = self._inner.tally()
-        refused = {**found.refused, **self._refused}
-        self._refused = {}
+        over = {name: code for name, code in found.refused.items() if code != NO_EPOCH}
+        left = dict.fromkeys(found.refused.keys() - over.keys() - self._reopened, NO_EPOCH)
+        refused = {**over, **left, **self._refused}
+        self._refused, self._reopened = {}, set()
         return replace(found, refused=refused)
 
     def sum(self, cohort: Cohort, broadcast: Broadcast) -> Aggregate:
@@ -114,10 +138,12 @@ class SecureSum:
         """
         self._demand(len(cohort), "asked")
         member.check_grid(broadcast.grid, len(cohort))
-        epoch = self._ready(cohort, broadcast)
-        self._epoch = replace(epoch, x=epoch.x + 1)
-        ask = self._ask(epoch, broadcast)
-        shapes, found = self._answers(epoch, ask, broadcast)
+        try:
+            epoch, ask, shapes, found = self._asked(cohort, broadcast)
+        except _EpochOver as error:
+            # Sites end an epoch with the run; what is asked afterwards, as a removal, opens one.
+            self._reopened |= error.sites
+            epoch, ask, shapes, found = self._asked(cohort, broadcast)
         survivors = sorted(found.sites)
         self._check_survivors(epoch, ask.sites, survivors)
         self._unmask(epoch, ask, found, self._reveal(epoch, ask, survivors, broadcast))
@@ -196,6 +222,15 @@ class SecureSum:
 
     # --- an exchange ------------------------------------------------------------------------------
 
+    def _asked(
+        self, cohort: Cohort, broadcast: Broadcast
+    ) -> "tuple[_Epoch, _Asked, frames.Shapes, _Sum]":
+        """One exchange up to the masked sum of the answers."""
+        epoch = self._ready(cohort, broadcast)
+        self._epoch = replace(epoch, x=epoch.x + 1)
+        ask = self._ask(epoch, broadcast)
+        return epoch, ask, *self._answers(epoch, ask, broadcast)
+
     def _ask(self, epoch: _Epoch, broadcast: Broadcast) -> "_Asked":
         question = wire.pack_broadcast(broadcast)
         ask = frames.Ask(
@@ -217,8 +252,10 @@ class SecureSum:
         )
         asked = replace(asked, grid=_grid("frame", "payload", "side"))
         sums: dict[frames.Shapes, _Sum] = {}
+        ended: set[str] = set()
         for reply in self._inner.replies(names, asked):
             if reply.refused:
+                ended |= {reply.client} if reply.refused == NO_EPOCH else set()
                 continue
             index = self._roster.index(reply.client)
             with self._refusing(index):
@@ -230,6 +267,10 @@ class SecureSum:
                     np.add(one.payload, payload, out=one.payload)
                     np.add(one.side, side, out=one.side)
                     one.sites.append(index)
+        if ended:
+            self._epoch = None
+        if ended == set(names):
+            raise _EpochOver(ended)
         if not sums:
             raise CohortTooSmall(
                 f"none of the {len(names)} sites asked answered; look at the refusals of this round"
