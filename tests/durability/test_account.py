@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import small_federation as small
 import small_private
+import torch
 from small_private import federation
 
-from fedkola import server
+from fedkola import server, wire
 from fedkola.federation import Federation
 from fedkola.ledger import Ledger
 from fedkola.privacy import accounting
-from fedkola.types import Clients
+from fedkola.types import Clients, Reply
 
 PLACES = {
     "after the key": 2,
@@ -108,23 +109,30 @@ def test_a_killed_run_goes_on_and_every_round_is_paid_for_once(
 
 def test_an_answer_that_was_paid_for_comes_again_to_the_bit(tmp_path: Path) -> None:
     """Two lives of one site hear the same question; in between the outbox was not written."""
-    whole = federation(tmp_path, "run.rounds=1")
+    elsewhere = federation(tmp_path / "elsewhere", "run.rounds=1")
     questions: list[bytes] = []
-    whole = replace(whole, clients=listening(whole, questions))
-    first = small.run(whole)
-    site = federation(tmp_path, "run.rounds=1").sites["north"]
-    paid = accounting.entries(site.store)
-    answers = []
-    for _ in range(2):
-        answers.append(site.answer(questions[0]))
-        for kept in (site.store / "outbox").rglob("*"):
-            if kept.is_file() and kept.suffix != ".key":
-                kept.unlink()
-    assert answers[0] == answers[1]
-    # The key of the first life went with the end of the run: a third answer has new noise, and is
-    # paid for as the release that it is.
-    assert len(accounting.entries(site.store)) == len(paid) + 1
-    assert first.weights
+    small.run(replace(elsewhere, clients=listening(elsewhere, questions)))
+
+    def answered() -> Reply:
+        site = federation(tmp_path / "here", "run.rounds=1").sites["north"]
+        return wire.unpack_reply(site.answer(questions[0]))
+
+    def forget(*kept: str) -> None:
+        for path in (tmp_path / "here" / "sites" / "north" / "outbox").rglob("*"):
+            if path.is_file() and path.suffix not in kept:
+                path.unlink()
+
+    first = answered()
+    forget(".key")
+    again = answered()
+    assert not first.refused
+    assert first.words.keys() == again.words.keys()
+    assert all(torch.equal(value, again.words[name]) for name, value in first.words.items())
+    assert len(accounts(tmp_path / "here")["north"]) == 1
+    # Without its key the answer would be another release, for which nothing is left.
+    forget()
+    assert answered().refused == "BudgetExhausted"
+    assert len(accounts(tmp_path / "here")["north"]) == 1
 
 
 def listening(whole: Federation, questions: list[bytes]) -> Clients:
