@@ -39,10 +39,10 @@ def near_duplicates(texts: Sequence[str], *, alike: float = ALIKE) -> tuple[Flag
     for row in rows:
         others = [other for other in index.query(sketches[row]) if plain[other] != plain[row]]
         # Of many texts of one form any will do.
-        alikes = {o: jaccard(plain[row], plain[o]) for o in sorted(others)[:CANDIDATES]}
-        if alikes and max(alikes.values()) >= alike:
-            like = max(alikes, key=lambda other: alikes[other])
-            evidence = {"alike": round(alikes[like], 3)}
+        twins = {o: jaccard(plain[row], plain[o]) for o in sorted(others)[:CANDIDATES]}
+        if twins and max(twins.values()) >= alike:
+            like = max(twins, key=lambda other: twins[other])
+            evidence = {"alike": round(twins[like], 3)}
             found.append(Flag(row=row, code="NEAR_DUPLICATE", like=like, evidence=evidence))
     return tuple(found)
 
