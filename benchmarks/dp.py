@@ -3,8 +3,8 @@
 stories260K goes on pre-training on MedQuAD's answers of two sources, GARD and GHR, each a site, by
 DiLoCo. The unit is the article of a disease, as a patient; neighbours differ by all text of one.
 Noise is found from epsilon by each site for its own number of units. Seeds, steps and sequences a
-step are the same at every epsilon; ``inf`` is the plain run. An answer counts with its first 300 characters. Perplexity is over the tokens of held-out
-answers, of which the model has 512.
+step are the same at every epsilon; ``inf`` is the plain run. An answer counts with its first 300
+characters. Perplexity is over the tokens of held-out answers, of which the model has 512.
 Writes ``benchmarks/results/dp.json`` and ``dp.md``. Run: ``python benchmarks/dp.py`` (about three
 minutes on one quiet core); FEDKOLA_DATA names the folder with ``medquad`` and ``models``.
 """
