@@ -168,11 +168,12 @@ class Pretrain:
     """Training of the whole model, read by the algorithm "diloco" alone.
 
     ``inner_steps`` is the mean number of steps between exchanges, ``growth`` above 1 makes them
-    rarer with time; ``length`` counts tokens. ``bound`` is the greatest norm of a delta (0: any),
-    ``bits`` those of one of its coordinates, ``fragments`` the parts that take turns. ``down`` is
-    how weights come back: "float32", "float16" or "change". ``weight`` is "equal" or "tokens",
-    in units of ``share`` tokens. ``measured`` held-out sequences of a site are scored after each
-    round (0: all), and ``prompts`` continued.
+    rarer with time; ``length`` counts tokens. ``second`` says whether second moments of AdamW,
+    which keep ``beta2`` of themselves a step, are each site's "own" or "shared". ``bound`` is the
+    greatest norm of a delta (0: any), ``bits`` those of one of its coordinates, ``fragments`` the
+    parts that take turns. ``down`` is how weights come back: "float32", "float16" or "change".
+    ``weight`` is "equal" or "tokens", in units of ``share`` tokens. ``measured`` held-out sequences
+    of a site are scored after each round (0: all), and ``prompts`` continued.
     """
 
     inner_steps: int = 32
@@ -183,6 +184,8 @@ class Pretrain:
     warmup: int = 20
     floor: float = 0.1
     weight_decay: float = 0.1
+    beta2: float = 0.95
+    second: str = "own"
     bound: float = 0.0
     bits: int = 12
     fragments: int = 1
@@ -377,6 +380,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "pretrain.warmup": (0, _WORD),
     "pretrain.floor": (0, 1),
     "pretrain.weight_decay": (0, _HUGE),
+    "pretrain.beta2": (0, 0.99999),
     "pretrain.bound": (0, _HUGE),
     "pretrain.bits": (2, 24),
     "pretrain.fragments": (1, _WORD),
@@ -427,6 +431,7 @@ _AVAILABILITY = ("full", "bernoulli", "markov", "diurnal")
 _POOLINGS = ("mean", "last")
 _OUTER = ("average", "nesterov", "primal", "tune")
 _DOWN = ("float32", "float16", "change")
+_MOMENTS = ("own", "shared")
 _WEIGHTS = ("equal", "tokens")
 _PRECISIONS = ("float32", "bfloat16")
 _PERIODS = ("year", "quarter")
@@ -715,6 +720,7 @@ def _check(plan: Plan) -> None:
         ("model.pooling", plan.model.pooling, _POOLINGS),
         ("task.period", plan.task.period, _PERIODS),
         ("pretrain.outer", plan.pretrain.outer, _OUTER),
+        ("pretrain.second", plan.pretrain.second, _MOMENTS),
         ("pretrain.down", plan.pretrain.down, _DOWN),
         ("pretrain.weight", plan.pretrain.weight, _WEIGHTS),
         ("pretrain.precision", plan.pretrain.precision, _PRECISIONS),

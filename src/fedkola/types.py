@@ -124,7 +124,8 @@ class Course:
     ``length`` tokens, from step ``start`` of ``total`` on.
 
     The rate rises to ``lr`` over ``warmup`` steps and falls along a cosine to ``floor`` times it;
-    ``rewarm`` more steps of rise follow an absence. ``clip`` bounds the norm of a gradient.
+    ``rewarm`` more steps of rise follow an absence. ``clip`` bounds the norm of a gradient,
+    ``beta2`` is what the second moments keep at a step.
     """
 
     steps: int
@@ -138,6 +139,7 @@ class Course:
     floor: float = 0.1
     weight_decay: float = 0.1
     clip: float = 1.0
+    beta2: float = 0.95
     precision: str = "float32"
 
 

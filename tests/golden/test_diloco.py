@@ -8,7 +8,8 @@ from small_clients import TableClient, Watched, dataset, joined
 from torch import Tensor
 
 from fedkola.algorithms import common_grid as grids
-from fedkola.algorithms.diloco import SETTINGS, DiLoCo, State, fragment
+from fedkola.algorithms.diloco import SETTINGS, SHARED, DiLoCo, State, fragment
+from fedkola.training import pretraining
 from fedkola.types import Catalogue, Clients, Cohort, Label, Weights
 
 CATALOGUE = Catalogue(
@@ -310,3 +311,22 @@ def test_the_range_marks_what_it_cuts_off(tmp_path: Path) -> None:
         later = plan(lr=1e-4).round(number, later, COHORT, joined(sites(tmp_path)))
     assert not later.exceeded
     assert all(grids.levels(12) * 2.0**-e >= 0.75 for e in later.scale.values())
+
+
+def test_shared_second_moments_are_means_over_sites_in_rows_and_columns(tmp_path: Path) -> None:
+    method = plan(second="shared", beta2=0.5)
+    clients = joined(sites(tmp_path))
+    for name, level in (("A", 1.0), ("B", 2.0), ("C", 6.0)):
+        # One step at beta2 = 0.5 leaves half of the squared gradient.
+        own = {n: torch.full_like(v, level / 2) for n, v in START.items()}
+        kept = {"second/" + n: v for n, v in own.items()} | {"count": torch.tensor(1.0)}
+        pretraining.remember(tmp_path / name, 0, kept)
+    after = method.round(1, State(weights=START), COHORT, clients)
+    # emb is 2 x 2 and h.1.w 1 x 1: 2 + 2 and 1 + 1 numbers, each (1 + 2 + 6) / 3.
+    assert after.second[SHARED].tolist() == pytest.approx([3.0] * 6)
+    # In the next round every site trains on from the level of all; its vectors stay its own.
+    method.round(2, after, COHORT, clients)
+    for name, level in (("A", 1.0), ("B", 2.0), ("C", 6.0)):
+        kept, _ = pretraining.remembered(tmp_path / name, before=3)
+        assert kept["second/emb"].flatten().tolist() == pytest.approx([1.5] * 4)
+        assert kept["second/h.0.w"].tolist() == [level / 2] * 3

@@ -85,7 +85,9 @@ class TableClient:
     ) -> tuple[Weights, Weights]:
         assert self.trained is not None
         self.courses.append(course)
-        return self.trained(self, weights), {"cursor": torch.tensor(course.start + course.steps)}
+        moments = {n: v for n, v in kept.items() if n == "count" or n.startswith("second/")}
+        done = {"cursor": torch.tensor(course.start + course.steps)}
+        return self.trained(self, weights), {**moments, **done}
 
     def nll(self, weights: Weights, data: Dataset, *, length: int, rows: int) -> Tensor:
         """Four sequences of ten tokens, judged as ``evaluate`` does."""

@@ -126,6 +126,8 @@ plans = st.builds(
         warmup=counts,
         floor=shares,
         weight_decay=st.floats(min_value=0, allow_infinity=False),
+        beta2=st.floats(0, 0.99999),
+        second=st.sampled_from(["own", "shared"]),
         bound=st.floats(min_value=0, allow_infinity=False),
         bits=st.integers(2, 24),
         fragments=positive,

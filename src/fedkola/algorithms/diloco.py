@@ -15,7 +15,8 @@ the spirit of the quadratic synchronisation rule (Gu et al., ICLR 2024).
 With P fragments a round carries one of them, taking turns. ``down`` is how weights come back: in
 float32, in float16, or as the change since the last round on a grid of 8 bits, whose rounding the
 server carries over, to sites that answered that round ("change"). ``feedback`` makes sites carry
-over what rounding and clipping lost. Pre-train with it; adapt a model with the other methods.
+over what rounding and clipping lost. With ``second`` "shared" AdamW's second moments follow those
+of all sites (see ``second_moments``). Pre-train with it; adapt a model with the other methods.
 """
 
 import hashlib
@@ -28,12 +29,14 @@ import torch
 from torch import Tensor
 
 from fedkola.algorithms import common_grid as grids
+from fedkola.algorithms import second_moments as moments
 from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.setting import Setting
 from fedkola.errors import GuardMissing, Incompatible, StaleUpdate
 from fedkola.plan import Plan
 from fedkola.training import pretraining
 from fedkola.training.pretraining import CURSOR
+from fedkola.training.whole import SECOND
 from fedkola.types import (
     Aggregate,
     Broadcast,
@@ -50,6 +53,7 @@ from fedkola.types import (
 from fedkola.wire import WEIGHT, metrics
 
 HISTOGRAM, EXPONENTS, CHANGE, CHANGES = "side/histogram", "side/exponents", "change/", "side/change"
+SHARED = "side/second"
 HELD, FAST, RESIDUAL = "held/", "fast/", "residual/"
 SETTINGS = ((1.0, 0.0), (1.0, 0.5), (0.7, 0.5), (0.7, 0.9))
 FORGIVEN = 4  # rounds missed after which a site's moments are too old to go on with
@@ -64,13 +68,15 @@ class State:
     ``momentum`` maps a tensor's name to its buffer ("setting/name" for "tune", the fast weights
     for "primal"), ``scale`` to the exponent of its grid, ``clipped`` to the share of its
     coordinates that the last exchange cut off. ``held`` is what sites hold of the model where
-    that is not the model itself, ``holders`` who answered the last round.
+    that is not the model itself, ``second`` the shared means of second moments (under one name),
+    ``holders`` who answered the last round.
     """
 
     weights: Weights
     momentum: Weights = field(default_factory=dict)
     scale: Mapping[str, int] = field(default_factory=dict)
     held: Weights = field(default_factory=dict)
+    second: Weights = field(default_factory=dict)
     holders: tuple[str, ...] = ()
     setting: int = 0
     clipped: Mapping[str, float] = field(default_factory=dict)
@@ -104,6 +110,8 @@ class DiLoCo:
     precision: str
     seed: int
     down: str = "float32"
+    beta2: float = 0.95
+    second: str = "own"
     outer: str = field(metadata=LOCAL, default="average")
     eta: float = field(metadata=LOCAL, default=1.0)
     mu: float = field(metadata=LOCAL, default=0.0)
@@ -147,6 +155,8 @@ class DiLoCo:
             eta=p.outer_lr,
             mu=p.outer_momentum,
             down=p.down,
+            beta2=p.beta2,
+            second=p.second,
         )
 
     @staticmethod
@@ -169,6 +179,7 @@ class DiLoCo:
         after = replace(
             after,
             scale={**scale, **moved},
+            second=self.shared(answer, len(cohort)) or state.second,
             held=held if self.down == "change" else {},
             holders=answer.cohort,
             clipped=grids.clipped(counts),
@@ -185,8 +196,10 @@ class DiLoCo:
         scale = {**self._first_scale(number, due), **state.scale}
         tensors, held = self._sent(number, state, cohort)
         tensors[EXPONENTS] = torch.tensor([scale[name] for name in due], dtype=torch.int16)
+        tensors |= state.second
         word = 32 if grids.lane(self.bits, len(cohort)) == 32 else 16
-        zero = dict.fromkeys([*due, HISTOGRAM], 0)
+        told = [HISTOGRAM, SHARED] if self.second == "shared" else [HISTOGRAM]
+        zero = dict.fromkeys([*due, *told], 0)
         asked = ask(self, "train", number, tensors, scale=zero, word=word)
         return asked, held, scale
 
@@ -206,6 +219,14 @@ class DiLoCo:
             delta[name] = (whole.double() * 2.0 ** -scale[name] / total).float()
         counts = grids.undigits(answer.words[HISTOGRAM], asked)
         return delta, {name: counts[place] for place, name in enumerate(due)}
+
+    def shared(self, answer: Aggregate, asked: int) -> dict[str, Tensor]:
+        """The mean over sites of the means of their second moments, float32; none if none came."""
+        total = int(answer.words[WEIGHT]) / self._unit()
+        if SHARED not in answer.words or not total:
+            return {}
+        counts = grids.undigits(answer.words[SHARED], asked)
+        return {SHARED: (counts.double() * (2.0**-moments.FRACTION / total)).float()}
 
     def stepped(self, state: State, delta: Weights) -> State:
         """The model after the outer step."""
@@ -276,6 +297,9 @@ class DiLoCo:
         held, fast = self._received(asked, kept, last)
         data = client.knowledge.until(number)
         away = number - last - 1 if last else 0
+        matrices = moments.matrices(held)
+        if SHARED in asked.tensors and any(name.startswith(SECOND) for name in kept):
+            kept = moments.pulled(kept, matrices, self.beta2, asked.tensors[SHARED].float())
         trained, after = client.pretrain(
             fast,
             data,
@@ -300,6 +324,9 @@ class DiLoCo:
                 said = whole.double() * (2.0**-exponent * self._unit() / weight)
                 keep[RESIDUAL + name] = (bounded[name] - said).float()
         tensors[HISTOGRAM] = grids.digits(torch.stack(side), num)
+        if self.second == "shared":
+            counts = moments.counted(after, matrices, self.beta2, weight / self._unit())
+            tensors[SHARED] = grids.digits(counts, num)
         if self.fragments > 1 or self.down == "change":
             keep |= {HELD + name: value for name, value in held.items()}
         if self.fragments > 1:
@@ -339,6 +366,7 @@ class DiLoCo:
             rewarm=self.warmup if rewarm and number > 1 else 0,
             floor=self.floor,
             weight_decay=self.weight_decay,
+            beta2=self.beta2,
             precision=self.precision,
         )
 

@@ -28,6 +28,7 @@ from fedkola.types import Report, Weights
 
 SYNCHRONOUS, GOAL, FEWER = "synchronous", 1.02, 100.0
 PUBLIC = "wikitext2_valid.txt.gz"
+SHARED = "pretrain.second=shared"
 Batches = list[list[Sequence[int]]]
 
 
@@ -59,6 +60,7 @@ class Size:
     measured: int
     rows: Mapping[str, Row]
     only: tuple[str, ...] = ()
+    beta2: float = 0.95
     precision: str = "float32"
     threads: int = field(default=1)
 
@@ -83,13 +85,22 @@ def rows(lr: float, every: int) -> dict[str, Row]:
         ),
         "local only": Row(text="each site alone, mean over sites", kind="alone", lr=lr),
         "diloco": wide(lr, every, f"average every {every} steps, 4 bytes"),
-        "ours": few(lr, every, f"average every {every} steps, 5 bits up, 8 down, feedback"),
-        "ours rare": few(lr, 2 * every, f"the same every {2 * every} steps"),
-        "ours 2 bits": few(lr, every, f"every {every} steps, 2 bits up", "pretrain.bits=2"),
+        "ours": few(
+            lr,
+            every,
+            f"average every {every} steps, 5 bits up, 8 down, feedback, second moments shared",
+            SHARED,
+        ),
+        "ours own": few(lr, every, "the same, second moments of each site's own"),
+        "ours rare": few(lr, 2 * every, f"ours every {2 * every} steps", SHARED),
+        "ours 2 bits": few(
+            lr, every, f"ours every {every} steps, 2 bits up", SHARED, "pretrain.bits=2"
+        ),
         "ours nesterov": few(
             lr,
             every,
-            f"every {every} steps, Nesterov (0.9, 0.3)",
+            f"ours every {every} steps, Nesterov (0.9, 0.3)",
+            SHARED,
             "pretrain.outer=nesterov",
             "pretrain.outer_lr=0.9",
             "pretrain.outer_momentum=0.3",
@@ -114,7 +125,8 @@ SIZES: Mapping[str, Size] = {
         warmup=50,
         seeds=3,
         measured=32,
-        rows=rows(3e-3, 25),
+        beta2=0.999,
+        rows=rows(3e-3, 26),
         only=(SYNCHRONOUS, "ours"),
         precision="bfloat16",
     ),
@@ -183,6 +195,7 @@ class Bench:
             "settings": list(one.settings),
             "steps": size.steps,
             "batch": size.batch,
+            "beta2": size.beta2,
             "shape": [size.shape.width, size.shape.layers, size.shape.vocabulary],
             "length": size.shape.length,
         }
@@ -262,6 +275,7 @@ class Bench:
         size = self.size
         local = Local(
             lr=row.lr,
+            betas=(0.9, size.beta2),
             warmup=size.warmup,
             total=size.steps,
             precision="bfloat16" if size.precision == "bfloat16" else "float32",
@@ -310,6 +324,7 @@ class Bench:
             f"pretrain.length={size.shape.length}",
             f"pretrain.lr={row.lr}",
             f"pretrain.warmup={size.warmup}",
+            f"pretrain.beta2={size.beta2}",
             f"pretrain.precision={size.precision}",
             f"pretrain.measured={size.measured}",
             # MedQuAD is public, and exchanges of one step are measured too.

@@ -52,6 +52,7 @@ def advance(
     cursor = _cursor(kept)
     local = Local(
         lr=course.lr,
+        betas=(0.9, course.beta2),
         weight_decay=course.weight_decay,
         clip=course.clip,
         warmup=course.warmup,
