@@ -53,12 +53,12 @@ def test_help_answers_without_importing_torch():
 
 def test_every_verb_has_examples_that_name_it():
     group = get_command(cli.app)
-    groups = ("bank", "bench", "model")
+    groups = ("bank", "bench", "model", "site")
     verbs = {f"fedkola {name}": verb for name, verb in group.commands.items() if name not in groups}
     for outer in groups:
         inner = group.commands[outer].commands
         verbs |= {f"fedkola {outer} {name}": verb for name, verb in inner.items()}
-    assert len(verbs) == 23
+    assert len(verbs) == 24
     for name, verb in verbs.items():
         head, *lines = verb.epilog.split("\n\n")
         assert head == "Examples:"

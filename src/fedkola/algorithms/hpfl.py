@@ -125,7 +125,9 @@ class HPFL:
         window.note(client, asked, data, SCOPE)
         changes = {name: trained[name] - old for name, old in asked.tensors.items()}
         seed = _seed(asked.seed, client.name)
-        changes[MARKER] = marker(client.features(data), noise=self.noise, seed=seed)
+        # A site without news has no marker either, and says nothing.
+        noise = self.noise if len(data) else 0.0
+        changes[MARKER] = marker(client.features(data), noise=noise, seed=seed)
         return Update(client=client.name, tensors=changes, weight=len(data))
 
 

@@ -187,8 +187,8 @@ def _known(names: Sequence[str]) -> tuple[str, ...]:
 
 def _quick(attack: type[Any], profile: str) -> Any:
     """The attack at the size of a profile; one that knows no sizes runs as it is."""
-    sized = getattr(attack, "quick", attack) if profile == "quick" else attack
-    return sized()
+    whole = attack()
+    return whole.quick() if profile == "quick" and hasattr(whole, "quick") else whole
 
 
 def _document(
