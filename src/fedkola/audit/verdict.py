@@ -90,8 +90,9 @@ def verdict(evidence: Evidence, defences: Defences) -> str:
 
 
 def above(measure: Measure, *, chance: float = 0.0) -> bool:
-    """Whether the whole interval lies above the null; without a null, above ``chance``."""
-    return measure.low > (chance if measure.null is None else measure.null) + MARGIN
+    """Whether the whole interval lies above the null and above ``chance``: of a few records a null
+    may fall below what a coin scores, which makes a coin no finding."""
+    return measure.low > max(chance, measure.null or 0.0) + MARGIN
 
 
 def read(evidence: Evidence) -> Reading:
@@ -156,7 +157,7 @@ def attack_document(evidence: Evidence, *, observer: str, defences: Defences) ->
 
 
 def _chance(name: str) -> float:
-    """What a coin scores where no null was measured."""
+    """What a coin scores."""
     return 0.5 if name.endswith("auc") else 0.0
 
 

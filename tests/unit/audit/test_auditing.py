@@ -1,5 +1,6 @@
 """From a recorded run to numbers and a page: what was seen, attacked, scored and shown."""
 
+import html
 import json
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def test_an_audit_writes_numbers_and_a_page_that_show_the_text(tmp_path: Path):
     page = (session.folder / "audit.html").read_text()
     for attack in kept["attacks"]:
         for example in attack["examples"]:
-            assert example["truth"].strip()[:12] in page
+            assert html.escape(example["truth"].strip()[:12]) in page
     assert "The true text, and what the attacker got" in page
 
 
@@ -129,6 +130,8 @@ NOTHING = {"exact": (0.0, 0.0, 0.05, 0.0), "token_recall": (0.1, 0.08, 0.12, 0.1
             "disclosed",
         ),
         (evidence("membership", target="sum", auc=(0.5, 0.4, 0.6, None)), Defences(), "at_null"),
+        # A null below a coin makes a coin no finding.
+        (evidence("membership", auc=(0.5, 0.48, 0.52, 0.3)), Defences(), "at_null"),
         # A noisy null of one update: two hundredths above it says nothing.
         (evidence(token_recall=(0.11, 0.11, 0.11, 0.1)), Defences(), "at_null"),
     ],
