@@ -125,6 +125,10 @@ ROWS: Mapping[str, Row] = {
         settings=(*_ADAPTED, "knowledge.features=12288"),
         about="the bank on a base that the sites adapt together, 12,288 features",
     ),
+    "adapted-lean": Row(
+        settings=(*_ADAPTED, "knowledge.features=4928"),
+        about="the bank on a base that the sites adapt together, 4,928 features",
+    ),
     "adapted-narrow": Row(
         settings=(*_ADAPTED, "knowledge.features=2048", "algorithm.epochs=6"),
         about="the bank on a base adapted in six passes, 2,048 features",
@@ -233,6 +237,7 @@ SETUPS: Mapping[str, Setup] = {
                     "fedkola",
                     "fedkola-wide",
                     "adapted",
+                    "adapted-lean",
                     "adapted-wide",
                     "joint",
                 ),
