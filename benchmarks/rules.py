@@ -8,6 +8,9 @@ geometric median takes 3 steps where ours takes as many as it needs; the differe
 byzfl's after 16.
 Writes ``benchmarks/results/rules.json`` and ``rules.md``. Run: ``python benchmarks/rules.py`` with
 byzfl 0.0.11 installed (``pip install --no-deps byzfl==0.0.11``), some five minutes.
+
+``python benchmarks/rules.py record`` writes what byzfl makes of three small problems to
+``tests/golden/byzfl.npz``, which ``tests/golden/test_byzfl.py`` holds ours against.
 """
 
 import importlib
@@ -35,6 +38,7 @@ M, F, COLUMNS, FEWER = 32, 8, 5_000_000, 1_000_000
 CALLS = 3
 RADIUS = 1_500.0
 RESULTS = Path(__file__).parent / "results"
+RECORDED = Path(__file__).parents[1] / "tests" / "golden" / "byzfl.npz"
 # byzfl counts one neighbour more than Krum's paper.
 LIKE_BYZFL = Options(f=F, neighbours=M - F - 1, radius=RADIUS)
 ROWS = {
@@ -140,6 +144,32 @@ CALLEES: dict[str, Callable[[str], Callable[[Any], Any]]] = {
 }
 
 
+def record() -> None:
+    """Rows "x/PROBLEM", (12, 256) float32, and what each of byzfl's rules makes of them, (256,)."""
+    b = _aggregators()
+    rules: dict[str, Callable[[Any], Any]] = {
+        "krum": b.Krum(3),
+        "multi_krum": b.MultiKrum(3),
+        "trimmed_mean": b.TrMean(3),
+        "median": b.Median(),
+        "geometric_median": b.GeometricMedian(nu=1e-9, T=200),
+        # byzfl's goes on from its last answer: a new one begins at zeros.
+        "centered_clipping": lambda x: b.CenteredClipping(L=3, tau=15.0)(x),
+        "nnm": lambda x: b.Average()(b.NNM(3)(x)),
+        "nnm_tm": lambda x: b.TrMean(3)(b.NNM(3)(x)),
+        "nnm, then the median": lambda x: b.Median()(b.NNM(3)(x)),
+    }
+    x = np.random.default_rng(5).standard_normal((12, 256), dtype=np.float32)
+    crowd = x.copy()
+    crowd[::4] -= 3
+    files = {}
+    for problem, rows in (("around 0", x), ("around 100", x + 100), ("three liars", crowd)):
+        files[f"x/{problem}"] = rows
+        for rule, call in rules.items():
+            files[f"{rule}/{problem}"] = np.asarray(call(rows.copy()), dtype=np.float32)
+    np.savez_compressed(RECORDED, **files)
+
+
 def table(result: dict[str, Any]) -> str:
     where = result["machine"]
     lines = [
@@ -208,7 +238,9 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
+    if sys.argv[1:] == ["record"]:
+        record()
+    elif sys.argv[1:]:
         print(json.dumps(measure(sys.argv[1], sys.argv[2], Path(sys.argv[3]))))
     else:
         main()

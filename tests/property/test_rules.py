@@ -1,8 +1,5 @@
 """Robust rules against the formulas of their papers, written plainly over whole arrays."""
 
-import importlib.util
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +12,7 @@ from scipy.cluster import hierarchy
 from scipy.spatial import distance
 
 from fedkola.quality import gram
-from fedkola.quality.rules import RULES, UNITS, Options, Rule, combine, mixed
+from fedkola.quality.rules import RULES, UNITS, Options, combine
 from fedkola.types import Weights
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
@@ -289,64 +286,6 @@ def test_the_mean_is_carried_away_by_one_outlier():
     x = np.random.default_rng(0).standard_normal((8, 20))
     found = ours("mean", np.vstack([np.full((1, 20), 1e4), x]), 1, np.zeros(20))
     assert np.linalg.norm(found - x.mean(axis=0)) > 1e3
-
-
-# --- byzfl, where it is installed -----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def byzfl() -> types.ModuleType:
-    """Its aggregators alone: the package itself also imports data sets and a plotting library."""
-    spec = importlib.util.find_spec("byzfl")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("byzfl is not installed: pip install --no-deps byzfl==0.0.11")
-    package = types.ModuleType("byzfl")
-    package.__path__ = list(spec.submodule_search_locations)
-    sys.modules["byzfl"] = package
-    return importlib.import_module("byzfl.aggregators")
-
-
-PAIRS: dict[str, Callable[[types.ModuleType], tuple[Any, Rule, Options]]] = {
-    "krum": lambda b: (b.Krum(3), RULES["krum"], Options(f=3, neighbours=8)),
-    "multi-krum": lambda b: (b.MultiKrum(3), RULES["multi_krum"], Options(f=3, neighbours=8)),
-    "trimmed mean": lambda b: (b.TrMean(3), RULES["trimmed_mean"], Options(f=3)),
-    "median": lambda b: (b.Median(), RULES["median"], Options()),
-    "geometric median": lambda b: (
-        b.GeometricMedian(nu=1e-9, T=200),
-        RULES["geometric_median"],
-        Options(),
-    ),
-    "centred clipping": lambda b: (
-        b.CenteredClipping(L=3, tau=2000.0),
-        RULES["centered_clipping"],
-        Options(radius=2000.0),
-    ),
-    "NNM, then the mean": lambda b: (
-        lambda x: b.Average()(b.NNM(3)(x)),
-        RULES["nnm"],
-        Options(f=3),
-    ),
-    "NNM, then the trimmed mean": lambda b: (
-        lambda x: b.TrMean(3)(b.NNM(3)(x)),
-        RULES["nnm_tm"],
-        Options(f=3),
-    ),
-    "NNM, then the median": lambda b: (
-        lambda x: b.Median()(b.NNM(3)(x)),
-        mixed(RULES["median"]),
-        Options(f=3),
-    ),
-}
-
-
-@pytest.mark.parametrize("pair", sorted(PAIRS))
-@pytest.mark.parametrize("offset", [0.0, 100.0])
-def test_rules_agree_with_byzfl(byzfl, pair, offset):
-    theirs, rule, options = PAIRS[pair](byzfl)
-    x = np.random.default_rng(5).standard_normal((12, 5_000)) + offset
-    expected = theirs(x.copy())
-    found = combine(rule, rows_of(x), options=options)
-    assert np.abs(found.tensors["x"].numpy() - expected).max() <= 1e-4
 
 
 def test_drawn_problems_hold_outliers_and_offsets():
