@@ -240,8 +240,10 @@ def _site(
 
 def _sigma(spec: Spec, batch: int, units: int) -> float:
     """The noise of a site that holds so many units, as it finds it itself; 0 without a guard."""
-    if "sigma" in spec or not number(spec.get("epsilon")) or math.isinf(number(spec["epsilon"])):
-        return number(spec.get("sigma"))
+    known, epsilon = number(spec.get("sigma")), number(spec.get("epsilon"))
+    # A guard that leaves its noise to each site carries a sigma of 0.
+    if known or not epsilon or math.isinf(epsilon):
+        return known
     if not units:
         raise DataError(
             "the noise of a site follows from how many units it holds, and neither the guard nor "
@@ -249,7 +251,7 @@ def _sigma(spec: Spec, batch: int, units: int) -> float:
         )
     limit = Limit(
         unit=str(spec.get("unit")),
-        epsilon=number(spec["epsilon"]),
+        epsilon=epsilon,
         delta=number(spec.get("delta")),
     )
     rate = min(1.0, batch / units)

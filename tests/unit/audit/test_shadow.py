@@ -10,6 +10,8 @@ from fedkola.audit.shadow import Recipe
 from fedkola.errors import DataError
 from fedkola.privacy.accounting import Limit, noise_for
 from fedkola.privacy.clip import norm
+from fedkola.privacy.guards import spec
+from fedkola.privacy.record_dp import RecordDP
 from fedkola.training import whole
 from fedkola.training.model import Foundation, encode
 from fedkola.training.whole import Local
@@ -80,11 +82,14 @@ def test_poisson_samples_hold_the_batch_on_average(gpt: Foundation) -> None:
 
 def test_noise_follows_from_the_guard_as_a_site_finds_it(gpt: Foundation) -> None:
     before = whole.parameters(gpt)
-    guard = {"unit": "record", "epsilon": 3.0, "delta": 1e-4, "clip": 1.0, "steps": 60}
-    protocol = {"name": "DiLoCo", "inner_steps": 20, "batch": 50, "lr": 0.01, "rounds": 3, **guard}
+    asked = RecordDP(unit="record", epsilon=3.0, delta=1e-4, clip=0.5, batch=50, steps=60)
+    guard = {key: value for key, value in spec(asked).items() if key != "name"}
+    protocol = {"name": "DiLoCo", "inner_steps": 20, "lr": 0.01, "rounds": 3, **guard}
     seen = Sighting(round=1, who="a", sites=1, before=before, change=before, protocol=protocol)
     limit = Limit(unit="record", epsilon=3.0, delta=1e-4)
-    assert shadow.recipe(seen, held=500).sigma == noise_for(limit, rate=0.1, count=60)
+    found = shadow.recipe(seen, held=500)
+    assert found.sigma == noise_for(limit, rate=0.1, count=60) == asked.noise(500)
+    assert (found.bound, found.units) == (0.5, 500)
     with pytest.raises(DataError, match=r"privacy\.units"):
         shadow.recipe(seen)
 
