@@ -5,6 +5,7 @@ from typing import Any
 
 from fedkola.algorithms.adapted import Adapted
 from fedkola.algorithms.afcl import AFCL
+from fedkola.algorithms.ddgauss import DDGauss
 from fedkola.algorithms.diloco import DiLoCo
 from fedkola.algorithms.disco import DISCO
 from fedkola.algorithms.ewc import EWC
@@ -51,6 +52,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "feddrift": FedDrift,
     "oracle": Oracle,
     "diloco": DiLoCo,
+    "ddgauss": DDGauss,
 }
 
 
