@@ -248,7 +248,7 @@ class Site:
                 kind="whole",
                 sequences=tuple(tuple(row) for batch in batches for row in batch),
                 steps=course.steps,
-                adaptive=True,
+                adaptive=course.optimiser == "adamw",
             )
         )
         return pretraining.advance(
@@ -442,7 +442,12 @@ class Site:
         noisy.done()
         read = tuple(tuple(row) for row in noisy.read)
         self._behind = self._behind.and_then(
-            Behind(kind="whole", sequences=read, steps=course.steps, adaptive=True)
+            Behind(
+                kind="whole",
+                sequences=read,
+                steps=course.steps,
+                adaptive=course.optimiser == "adamw",
+            )
         )
         return found
 

@@ -509,7 +509,8 @@ def _shapes(base: Foundation) -> dict[str, tuple[int | None, ...]]:
 def _check_gate(plan: Plan) -> None:
     """Refuse what every site would refuse, as far as the plan alone tells; the tokens behind an
     answer and a rehearsal are for the sites to judge. Raises PolicyRefused."""
-    behind = Behind(kind="whole", steps=plan.pretrain.inner_steps, adaptive=True)
+    own = plan.pretrain
+    behind = Behind(kind="whole", steps=own.inner_steps, adaptive=own.optimiser == "adamw")
     policy.gate(
         replace(demands(plan), rehearsal_days=0.0),
         policy.Answer(

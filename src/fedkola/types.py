@@ -125,7 +125,7 @@ class Course:
 
     The rate rises to ``lr`` over ``warmup`` steps and falls along a cosine to ``floor`` times it;
     ``rewarm`` more steps of rise follow an absence. ``clip`` bounds the norm of a gradient,
-    ``beta2`` is what the second moments keep at a step.
+    ``beta2`` is what the second moments keep at a step. ``optimiser`` is "adamw" or "sgd".
     """
 
     steps: int
@@ -141,6 +141,7 @@ class Course:
     clip: float = 1.0
     beta2: float = 0.95
     precision: str = "float32"
+    optimiser: str = "adamw"
 
 
 # --- what travels ---------------------------------------------------------------------------------

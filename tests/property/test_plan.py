@@ -17,6 +17,7 @@ from fedkola.plan import (
     Pretrain,
     Privacy,
     Quality,
+    Release,
     Run,
     Scenario,
     Site,
@@ -122,6 +123,7 @@ plans = st.builds(
         growth=st.floats(0.25, 4),
         batch=positive,
         length=st.integers(2, 2**63 - 1),
+        optimiser=st.sampled_from(["adamw", "sgd"]),
         lr=above_zero,
         warmup=counts,
         floor=shares,
@@ -194,6 +196,15 @@ plans = st.builds(
         rounds=st.lists(
             st.sampled_from(["all", "first", "middle", "last", "every:7", "12"]), max_size=3
         ).map(tuple),
+    ),
+    release=st.builds(
+        Release,
+        sequences=shares,
+        presence_auc=shares,
+        canary_epsilon=st.floats(0, 1e6),
+        epsilon=above_zero | st.just(inf),
+        delta=shares,
+        age_days=st.floats(0, 1e6),
     ),
 )
 

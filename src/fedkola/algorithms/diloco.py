@@ -16,7 +16,8 @@ With P fragments a round carries one of them, taking turns. ``down`` is how weig
 float32, in float16, or as the change since the last round on a grid of 8 bits, whose rounding the
 server carries over, to sites that answered that round ("change"). ``feedback`` makes sites carry
 over what rounding and clipping lost. With ``second`` "shared" AdamW's second moments follow those
-of all sites (see ``second_moments``). Pre-train with it; adapt a model with the other methods.
+of all sites (see ``second_moments``). With ``optimiser`` "sgd" the inner step is plain, and one
+step a round is FedSGD. Pre-train with it; adapt a model with the other methods.
 """
 
 import hashlib
@@ -112,6 +113,7 @@ class DiLoCo:
     down: str = "float32"
     beta2: float = 0.95
     second: str = "own"
+    optimiser: str = "adamw"
     outer: str = field(metadata=LOCAL, default="average")
     eta: float = field(metadata=LOCAL, default=1.0)
     mu: float = field(metadata=LOCAL, default=0.0)
@@ -132,6 +134,11 @@ class DiLoCo:
             raise Incompatible(
                 'pretrain.outer = "tune" compares settings on records that sites hold out, and '
                 "knowledge.held_out = 0; set it to a share such as 0.02, or name a setting"
+            )
+        if p.optimiser == "sgd" and p.second == "shared":
+            raise Incompatible(
+                'pretrain.second = "shared" shares second moments, and pretrain.optimiser = "sgd" '
+                'has none; set second to "own", or optimiser to "adamw"'
             )
         return cls(
             rounds=plan.run.rounds or plan.task.windows,
@@ -157,6 +164,7 @@ class DiLoCo:
             down=p.down,
             beta2=p.beta2,
             second=p.second,
+            optimiser=p.optimiser,
         )
 
     @staticmethod
@@ -368,6 +376,7 @@ class DiLoCo:
             weight_decay=self.weight_decay,
             beta2=self.beta2,
             precision=self.precision,
+            optimiser=self.optimiser,
         )
 
     def due(self, number: int, weights: Weights) -> list[str]:

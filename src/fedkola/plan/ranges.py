@@ -108,12 +108,19 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "engine.order": (0, _WORD),
     "site.minimum": (1, _WORD),
     "site.rehearsal_days": (0, _HUGE),
+    "release.sequences": (0, 1),
+    "release.presence_auc": (0, 1),
+    "release.canary_epsilon": (0, _HUGE),
+    "release.epsilon": (_TINY, inf),
+    "release.delta": (0, 1),
+    "release.age_days": (0, _HUGE),
 }
 _LEVELS = ("record", "pooled", "site")
 _UNITS = ("patient", "record")
 _AVAILABILITY = ("full", "bernoulli", "markov", "diurnal")
 _POOLINGS = ("mean", "last")
 _OUTER = ("average", "nesterov", "primal", "tune")
+_OPTIMISERS = ("adamw", "sgd")
 _DOWN = ("float32", "float16", "change")
 _MOMENTS = ("own", "shared")
 _WEIGHTS = ("equal", "tokens")
@@ -161,6 +168,7 @@ def check(plan: "Plan") -> None:
     for key, given, known in (
         ("model.pooling", plan.model.pooling, _POOLINGS),
         ("task.period", plan.task.period, _PERIODS),
+        ("pretrain.optimiser", plan.pretrain.optimiser, _OPTIMISERS),
         ("pretrain.outer", plan.pretrain.outer, _OUTER),
         ("pretrain.second", plan.pretrain.second, _MOMENTS),
         ("pretrain.down", plan.pretrain.down, _DOWN),

@@ -154,8 +154,9 @@ class Pretrain:
     """Training of the whole model, read by the algorithm "diloco" alone.
 
     ``inner_steps`` is the mean number of steps between exchanges, ``growth`` above 1 makes them
-    rarer with time; ``length`` counts tokens. ``second`` says whether second moments of AdamW,
-    which keep ``beta2`` of themselves a step, are each site's "own" or "shared". ``bound`` is the
+    rarer with time; ``length`` counts tokens. ``optimiser`` is "adamw", or "sgd", of which single
+    steps are FedSGD. ``second`` says whether second moments of AdamW, which keep ``beta2`` of
+    themselves a step, are each site's "own" or "shared". ``bound`` is the
     greatest norm of a delta (0: any), ``bits`` those of one of its coordinates, ``fragments`` the
     parts that take turns. ``down`` is how weights come back: "float32", "float16" or "change".
     ``weight`` is "equal" or "tokens", in units of ``share`` tokens. ``measured`` held-out sequences
@@ -166,6 +167,7 @@ class Pretrain:
     growth: float = 1.0
     batch: int = 8
     length: int = 128
+    optimiser: str = "adamw"
     lr: float = 1e-3
     warmup: int = 20
     floor: float = 0.1
@@ -287,6 +289,22 @@ class Audit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """What an audit may have found at most if the model is to leave (see ``audit.release``): whole
+    ``sequences`` in sums and the AUC of ``presence``, by the upper ends of their intervals, and the
+    epsilon that an attack refuted. ``epsilon`` and ``delta`` are the most that the run may claim;
+    epsilon inf lets a model leave that was trained without a bound. ``age_days`` is the greatest
+    age of the audit."""
+
+    sequences: float = 0.05
+    presence_auc: float = 0.6
+    canary_epsilon: float = 1.0
+    epsilon: float = 3.0
+    delta: float = 1e-5
+    age_days: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything that decides a run. A value out of range raises PlanError on construction."""
 
@@ -303,6 +321,7 @@ class Plan:
     engine: Engine = field(default_factory=Engine)
     site: Site = field(default_factory=Site)
     audit: Audit = field(default_factory=Audit)
+    release: Release = field(default_factory=Release)
 
     def __post_init__(self) -> None:
         check(self)

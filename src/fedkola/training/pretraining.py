@@ -51,6 +51,7 @@ def advance(
     """
     cursor = _cursor(kept)
     local = Local(
+        optimiser="sgd" if course.optimiser == "sgd" else "adamw",
         lr=course.lr,
         betas=(0.9, course.beta2),
         weight_decay=course.weight_decay,

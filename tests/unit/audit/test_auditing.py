@@ -12,9 +12,11 @@ from fedkola import server
 from fedkola.audit import transcript, view
 from fedkola.audit.evidence import Control, Evidence, Measure
 from fedkola.audit.verdict import Defences, concern, verdict, verdicts
+from fedkola.errors import PolicyRefused
 from fedkola.evaluation import auditing
 from fedkola.evaluation.session import Session
 from fedkola.federation import load_state
+from fedkola.training import whole
 
 
 def ran(folder: Path, *settings: str) -> Session:
@@ -67,6 +69,31 @@ def test_a_site_takes_its_own_part_out_of_what_a_round_added(tmp_path: Path):
         for name, value in one.change.items():
             rest = [server_saw[one.round, s].change[name] for s in small.SITES if s != "north"]
             assert torch.allclose(torch.stack(rest).mean(0), value, atol=1e-5)
+
+
+ONE_STEP = (
+    "run.rounds=1",
+    "pretrain.optimiser=sgd",
+    "pretrain.inner_steps=1",
+    "pretrain.batch=1",
+    "pretrain.weight_decay=0",
+    "pretrain.bits=24",
+)
+
+
+def test_one_plain_step_sends_the_gradient_and_the_gate_knows_it(tmp_path: Path):
+    session = ran(tmp_path, *ONE_STEP)
+    found = seen(session, "server")
+    sighted = [one for one in view.sightings(found) if one.who == "north"]
+    truth = view.truth({"north": session.federation.sites["north"].store}, sighted, ["north"])
+    (one,), (rows,) = sighted, truth.values()
+    expected = whole.gradient(session.federation.foundation, one.before, rows)
+    size = torch.stack([value.norm() for value in expected.values()]).norm()
+    for name, value in one.change.items():
+        step = 0.003 * expected[name] / max(1.0, float(size))
+        assert float((value + step).abs().max()) < 2e-7, name
+    with pytest.raises(PolicyRefused, match="an optimiser that is not adaptive"):
+        ran(tmp_path / "gated", *ONE_STEP, "site.waive=[]")
 
 
 @pytest.mark.slow
