@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import time
 import traceback
@@ -24,6 +23,7 @@ from torch import Tensor
 from fedkola import wire
 from fedkola.algorithms import rebuild
 from fedkola.errors import DataError, FedKolaError, GuardMissing, UnknownCell, UnknownName
+from fedkola.files import write_private
 from fedkola.knowledge import forget, journal, windows
 from fedkola.knowledge.journal import Place
 from fedkola.knowledge.stream import Records
@@ -117,7 +117,7 @@ class Site:
             if kept.exists():
                 return kept.read_bytes()
             answer = wire.pack_reply(self._reply(asked, message, kept))
-            _write(kept, answer)
+            write_private(kept, answer, durable=False)
         except FedKolaError as error:
             self._log(f"{type(error).__name__}: {error}")
             why = error.code or type(error).__name__
@@ -362,7 +362,7 @@ class Site:
         if kept.exists():
             return wire.unpack_reply(kept.read_bytes()).words
         reply = self._reply(asked, question, kept)
-        _write(kept, wire.pack_reply(reply))
+        write_private(kept, wire.pack_reply(reply), durable=False)
         return reply.words
 
     def _targets(
@@ -534,10 +534,3 @@ def _rehearsal(path: Path) -> Mapping[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_bytes(content)
-    os.replace(draft, path)

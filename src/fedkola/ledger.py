@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fedkola.errors import BlobMissing, ChainBroken, LedgerError, RunNotFound
+from fedkola.files import flush
 from fedkola.types import Event
 
 SCHEMA = 1
@@ -389,7 +390,7 @@ class Ledger:
                 if path.name not in keep:
                     freed += path.stat().st_size
                     path.unlink()
-            _flush(self.folder / _BLOBS)
+            flush(self.folder / _BLOBS)
         return freed
 
     # --- reading ---
@@ -640,7 +641,7 @@ class Ledger:
             _save(folder / blob, tensor)
         if missing:
             with _disk(folder, "saving tensors"):
-                _flush(folder)
+                flush(folder)
         return sizes
 
     def _load(self, blob: str) -> Tensor:
@@ -720,7 +721,7 @@ def _save(path: Path, tensor: Tensor) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         save_file({"x": tensor.detach().cpu().contiguous()}, temporary)
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise LedgerError(
@@ -730,14 +731,6 @@ def _save(path: Path, tensor: Tensor) -> None:
     finally:
         if temporary.exists():
             temporary.unlink()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _this(run: str, number: int) -> sa.ColumnElement[bool]:

@@ -14,7 +14,6 @@ the module with the nearest mean embedding. Use it where whole sites change at d
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from fedkola.algorithms import routed, window
 from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.learn import change, fit
 from fedkola.algorithms.setting import Setting, training
+from fedkola.files import write_private
 from fedkola.knowledge import journal
 from fedkola.types import (
     Broadcast,
@@ -310,6 +310,4 @@ def _chosen(store: Path) -> Mapping[int, int]:
 
 def _keep(store: Path, number: int, module: int) -> None:
     path = store / "feddrift.json"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({**_chosen(store), number: module}), encoding="utf-8")
-    os.replace(draft, path)
+    write_private(path, json.dumps({**_chosen(store), number: module}).encode())

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedkola import wire
+from fedkola.files import settle
 from fedkola.knowledge import basis, journal
 from fedkola.knowledge.journal import Entry
 from fedkola.knowledge.terms import Recipe
@@ -95,7 +96,7 @@ def keep_receipt(client: Client, asked: Broadcast, integers: Mapping[str, Tensor
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     save_file(dict(integers), draft)
-    journal.settle(draft, path)
+    settle(draft, path)
 
 
 def draft_receipt(

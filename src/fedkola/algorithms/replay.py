@@ -21,7 +21,7 @@ from fedkola.algorithms.ask import LOCAL
 from fedkola.algorithms.learn import average, change, learn, learnt
 from fedkola.algorithms.setting import Setting, training
 from fedkola.errors import DataError
-from fedkola.knowledge import journal
+from fedkola.files import write_private
 from fedkola.types import Broadcast, Client, Clients, Cohort, Steps, Update, Visibility, Weights
 
 
@@ -106,10 +106,7 @@ def reservoir(store: Path, *, before: int) -> tuple[str, ...]:
 def _keep(store: Path, round: int, records: tuple[str, ...]) -> None:
     """Write the reservoir after this round; of earlier ones only the last is still needed."""
     path = _path(store, round)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(records), encoding="utf-8")
-    journal.settle(draft, path)
+    write_private(path, json.dumps(records).encode())
     earlier = sorted(old for old in path.parent.glob("*.json") if int(old.stem) < round)
     for old in earlier[:-1]:
         old.unlink()

@@ -8,7 +8,6 @@ chain, so that a release can neither be denied nor altered.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from fedkola.audit.verdict import MARGIN, SCHEMA
 from fedkola.errors import ReleaseRefused
 from fedkola.ledger import Ledger
+from fedkola.privacy import keys
 
 KIND = "RELEASE"
 KEY = "release.key"
@@ -112,13 +112,7 @@ def verify(certificate: Mapping[str, Any]) -> bool:
 
 def key(folder: Path) -> Ed25519PrivateKey:
     """The coordinator's key, made at the first use and readable by nobody else."""
-    path = folder / KEY
-    if not path.exists():
-        made = Ed25519PrivateKey.generate()
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(made.private_bytes_raw())
-    return Ed25519PrivateKey.from_private_bytes(path.read_bytes())
+    return keys.identity(folder / KEY)
 
 
 # --- private --------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ as not run, and the site scores them by running the same audit beside its own fo
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from fedkola.evaluation import session as sessions
 from fedkola.evaluation.audit_page import render
 from fedkola.evaluation.session import Session
 from fedkola.federation import load_state
+from fedkola.files import write_text
 from fedkola.plan import Plan, digest
 from fedkola.privacy import policy
 from fedkola.types import Report
@@ -145,9 +145,7 @@ def write(folder: Path, document: Mapping[str, Any]) -> None:
     for name, text in zip(
         NAMES, (json.dumps(document, indent=1, sort_keys=True), render(document)), strict=True
     ):
-        draft = folder / f"{name}.{os.getpid()}.tmp"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(folder / name)
+        write_text(folder / name, text)
 
 
 def defences(plan: Plan) -> Defences:

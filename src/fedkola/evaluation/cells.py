@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkola.evaluation import machine, metrics
+from fedkola.files import write_text
 from fedkola.types import Report
 
 Note = Callable[[str], None]
@@ -69,9 +70,7 @@ class Cells:
         work.mkdir(parents=True, exist_ok=True)
         marker.write_text(json.dumps(_plain(about)))
         found = how(work) | {"about": _plain(about), "machine": machine.describe()}
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(found, indent=1, sort_keys=True))
-        draft.replace(path)
+        write_text(path, json.dumps(found, indent=1, sort_keys=True))
         shutil.rmtree(work)
         return found
 

@@ -33,6 +33,7 @@ from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.errors import UnknownName
 from fedkola.evaluation import machine, metrics, scoring, tasks
 from fedkola.federation import Federation, load_state
+from fedkola.files import write_text
 from fedkola.knowledge import forget, membership, statistics, views
 from fedkola.knowledge.forget import Request
 from fedkola.knowledge.stream import Stream, hash_share, split_test
@@ -99,9 +100,7 @@ def run(
             work = path.with_suffix(".work")
             shutil.rmtree(work, ignore_errors=True)
             cell = {"seed": seed, **measure(size, seed, work, note, progress)}
-            draft = path.with_suffix(".tmp")
-            draft.write_text(json.dumps(cell, indent=1, sort_keys=True))
-            draft.replace(path)
+            write_text(path, json.dumps(cell, indent=1, sort_keys=True))
             shutil.rmtree(work)
         found.append(json.loads(path.read_text()))
     result = {

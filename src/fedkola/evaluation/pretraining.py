@@ -13,6 +13,7 @@ from typing import Any
 from fedkola.algorithms.diloco import DiLoCo, State
 from fedkola.errors import KnowledgeError, ModelMismatch
 from fedkola.federation import Federation
+from fedkola.files import write_text
 from fedkola.knowledge.stream import Stream
 from fedkola.training import generate, packing, whole
 from fedkola.training.model import Foundation
@@ -84,10 +85,7 @@ def sample(federation: Federation, state: State, number: int) -> None:
         said = generate.generate(base, {}, prompts, max_new_tokens=room, scale=1.0)
     kept = {entry["round"]: entry for entry in samples(federation.folder)}
     kept[number] = {"round": number, "prompts": list(prompts), "texts": said}
-    path = federation.folder / SAMPLES
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps([kept[n] for n in sorted(kept)], indent=1), encoding="utf-8")
-    draft.replace(path)
+    write_text(federation.folder / SAMPLES, json.dumps([kept[n] for n in sorted(kept)], indent=1))
 
 
 def samples(folder: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """A run in its folder: start it, resume it, ask it, make it forget, export it."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from fedkola.evaluation.answers import Answer
 from fedkola.evaluation.receipts import Finding
 from fedkola.evaluation.report import render
 from fedkola.federation import Federation, load_state
+from fedkola.files import write_text
 from fedkola.knowledge import bank as banks
 from fedkola.knowledge import views
 from fedkola.knowledge.compact import Policy
@@ -131,10 +131,10 @@ def publish(session: Session, state: Any, *, extra: Mapping[str, Any] | None = N
             "calibration": asdict(state.calibration),
         }
         views.save(algorithm.view(state), folder / "view", provenance)
-    _write(folder / "plan.toml", dump(session.plan))
+    write_text(folder / "plan.toml", dump(session.plan))
     document = {**story.document(session.federation, session.ledger, state), **(extra or {})}
-    _write(folder / "result.json", json.dumps(document, indent=1, sort_keys=True))
-    _write(folder / "report.html", render(document))
+    write_text(folder / "result.json", json.dumps(document, indent=1, sort_keys=True))
+    write_text(folder / "report.html", render(document))
 
 
 def result(session: Session) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def export(session: Session, to: Path, *, modules: Sequence[str] = ()) -> Path:
         "exported": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     views.save(whole, to / "view", provenance)
-    _write(to / "provenance.json", json.dumps({**provenance, "view": whole.id}, indent=1))
+    write_text(to / "provenance.json", json.dumps({**provenance, "view": whole.id}, indent=1))
     return to
 
 
@@ -378,9 +378,3 @@ def _held(
     if site:
         banks.demand_held(state.bank, site, modules)
     return modules
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from fedkola.errors import BlobMissing, KnowledgeError
+from fedkola.files import settle
 from fedkola.knowledge import compact
 from fedkola.knowledge.bank import (
     Bank,
@@ -28,7 +29,6 @@ from fedkola.knowledge.bank import (
     find_module,
     read_then,
 )
-from fedkola.knowledge.journal import settle
 from fedkola.types import Aggregate, Grid
 
 

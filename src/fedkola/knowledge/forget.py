@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkola.errors import UnknownCell, UnknownName
+from fedkola.files import write_private
 from fedkola.knowledge import journal
 from fedkola.knowledge.bank import CellKind
 from fedkola.knowledge.journal import Entry, Place
@@ -205,11 +206,7 @@ def keyed(store: Path, request: Request) -> Request:
         return request
     path = store / "request.key"
     if not path.exists():
-        store.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.touch(mode=0o600)
-        draft.write_text(secrets.token_hex(32))
-        journal.settle(draft, path)
+        write_private(path, secrets.token_hex(32).encode())
     return replace(request, key=path.read_text())
 
 
@@ -425,7 +422,4 @@ def _read(store: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=1, sort_keys=True))
-    journal.settle(draft, path)
+    write_private(path, json.dumps(content, indent=1, sort_keys=True).encode())

@@ -8,7 +8,6 @@ atomically; nothing here is ever sent.
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedkola.errors import DataError, StaleUpdate
+from fedkola.files import settle, write_private
 from fedkola.types import Dataset
 
 REVISION = "revision-"
@@ -58,18 +58,6 @@ def write(store: Path, entry: Entry) -> None:
     draft = path.with_suffix(".tmp")
     save_file({"z": entry.z.contiguous()}, draft, metadata=about)
     settle(draft, path)
-
-
-def settle(draft: Path, path: Path) -> None:
-    """Give a finished draft its name so that both survive a power cut: flush, rename, flush."""
-    for flushed, rename in ((draft, True), (path.parent, False)):
-        handle = os.open(flushed, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        if rename:
-            os.replace(draft, path)
 
 
 def path_of(store: Path, round: int, scope: str) -> Path:
@@ -137,10 +125,8 @@ def superseded(store: Path, data: Dataset, *, before: int) -> dict[Place, frozen
 def mark(store: Path, stale: Mapping[Place, Collection[str]], *, round: int) -> None:
     """Note which records this round may take back, before anybody is told how many there are."""
     rows = [[*place, sorted(records)] for place, records in sorted(stale.items())]
-    store.mkdir(parents=True, exist_ok=True)
-    draft = store / "stale.tmp"
-    draft.write_text(json.dumps({"round": round, "stale": rows}))
-    settle(draft, store / "stale.json")
+    document = {"round": round, "stale": rows}
+    write_private(store / "stale.json", json.dumps(document).encode())
 
 
 def marked(store: Path, *, round: int) -> dict[Place, frozenset[str]]:

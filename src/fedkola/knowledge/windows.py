@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedkola.knowledge import journal, novelty
+from fedkola.files import settle, write_private
+from fedkola.knowledge import novelty
 from fedkola.knowledge.bank import Bank, CellKind, ModuleState, origins
 from fedkola.knowledge.journal import Entry
 from fedkola.knowledge.novelty import Distance, Reference, Thresholds
@@ -469,7 +470,7 @@ def keep_answers(store: Path, found: Answers) -> None:
     draft = path.with_suffix(".tmp")
     metadata = {"about": json.dumps(about | {"nodes": found.nodes})}
     save_file({"weights": found.weights, "bias": found.bias}, draft, metadata=metadata)
-    journal.settle(draft, path)
+    settle(draft, path)
 
 
 def read_answers(store: Path, view: str) -> Answers | None:
@@ -502,9 +503,7 @@ def remember(store: Path, round: int, windows: Sequence[tuple[Window, Judged]]) 
         }
         rows.append({**asdict(judged.finding), "note": judged.finding.note, **kept})
     path = folder / f"{round:06d}.json"
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps({"round": round, "windows": rows}, indent=1), encoding="utf-8")
-    journal.settle(draft, path)
+    write_private(path, json.dumps({"round": round, "windows": rows}, indent=1).encode())
 
 
 def findings(store: Path, round: int) -> dict[str, Finding]:
@@ -557,9 +556,7 @@ def retain(store: Path, *, records: Collection[str]) -> None:
         for row in document["windows"]:
             for name in ("agreed", "disagreed"):
                 row[name] = [record for record in row[name] if record in kept]
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(document, indent=1), encoding="utf-8")
-        journal.settle(draft, path)
+        write_private(path, json.dumps(document, indent=1).encode())
 
 
 # --- private --------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkola.errors import BudgetExhausted, BudgetUnreachable, PrivacyError
-from fedkola.privacy.durable import write_durably
+from fedkola.files import write_private
 
 ACCOUNT = "account.json"
 VERSION = 1
@@ -198,7 +198,7 @@ def charge(store: Path, new: Entry) -> None:
                 )
             return
     document = {"version": VERSION, "entries": [asdict(entry) for entry in (*held, new)]}
-    write_durably(store / ACCOUNT, json.dumps(document, indent=1).encode())
+    write_private(store / ACCOUNT, json.dumps(document, indent=1).encode())
 
 
 # --- private --------------------------------------------------------------------------------------

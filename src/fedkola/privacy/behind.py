@@ -6,7 +6,6 @@ the private folder of the site and never leaves it.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedkola.errors import DataError
+from fedkola.files import write_private
 from fedkola.types import Weights
 
 FOLDER = "behind"
@@ -65,8 +65,6 @@ def keep(
     store: Path, *, round: int, step: str, question: str, behind: Behind, words: Weights
 ) -> None:
     """Write one entry, mode 0600; the same answer again replaces it."""
-    folder = store / FOLDER
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     lengths = [len(row) for row in behind.sequences]
     tensors: dict[str, Tensor] = {
         "tokens": torch.tensor([t for row in behind.sequences for t in row], dtype=torch.int32),
@@ -75,12 +73,8 @@ def keep(
     }
     about = json.dumps({"round": round, "step": step})
     content = safetensors.torch.save(tensors, metadata={"about": about})
-    path = folder / f"{round:06d}-{question}.safetensors"
-    draft = path.with_suffix(".tmp")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-    os.replace(draft, path)
+    path = store / FOLDER / f"{round:06d}-{question}.safetensors"
+    write_private(path, content, durable=False)
 
 
 def read(store: Path) -> tuple[Entry, ...]:

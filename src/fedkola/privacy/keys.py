@@ -8,7 +8,6 @@ ChaCha20-Poly1305.
 """
 
 import hashlib
-import os
 import struct
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -24,6 +23,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedkola.errors import PrivacyError
+from fedkola.files import write_private
 from fedkola.privacy import shamir
 
 PREFIX = b"fedkola/ms1/"
@@ -192,10 +192,19 @@ def _bound(epoch: Epoch, i: int, j: int, offers_hash: bytes) -> bytes:
 
 
 def identity(path: Path) -> Ed25519PrivateKey:
-    """The key pair kept in a file of mode 0600, made at the first use."""
+    """The key pair kept in a file of mode 0600, made at the first use.
+
+    Raises PrivacyError for a file that holds none.
+    """
     if not path.exists():
         write_private(path, Ed25519PrivateKey.generate().private_bytes_raw())
-    return Ed25519PrivateKey.from_private_bytes(path.read_bytes())
+    kept = path.read_bytes()
+    if len(kept) != KEY_BYTES:
+        raise PrivacyError(
+            f"{path} holds {len(kept)} bytes, a private key has {KEY_BYTES}; restore it from a "
+            "copy, for a new one is pinned nowhere"
+        )
+    return Ed25519PrivateKey.from_private_bytes(kept)
 
 
 def check_signature(public: bytes, signature: bytes, message: bytes, who: str) -> None:
@@ -243,31 +252,6 @@ def pinned(path: Path) -> Roster:
         raise PrivacyError(
             f"{path} holds no roster ({error!r}); restore it from a copy", code="roster_mismatch"
         ) from error
-
-
-def write_private(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """A file that only its owner may read, whole or not at all; also after a power cut, if it is
-    to be ``durable``."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    draft = path.with_name(path.name + ".tmp")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    os.replace(draft, path)
-    if durable:
-        flush_folder(path.parent)
-
-
-def flush_folder(path: Path) -> None:
-    """What was renamed or deleted in a folder stays so after a power cut."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _quoted(name: str) -> str:

@@ -27,6 +27,7 @@ from fedkola.errors import (
     UpdateHidden,
     WireError,
 )
+from fedkola.files import flush, write_private
 from fedkola.privacy import frames, keys, masks, shamir
 from fedkola.privacy.graph import choose_graph, neighbours
 from fedkola.privacy.keys import Epoch, Roster
@@ -137,7 +138,7 @@ class Member:
     def finish(self) -> None:
         """Erase the secret of the epoch, and only then its log and the kept answer."""
         self._epoch_path.unlink(missing_ok=True)
-        keys.flush_folder(self._folder)
+        flush(self._folder)
         self._forget_log()
         self._state = None
 
@@ -464,7 +465,7 @@ class Member:
             "offers": {i: offer.pack().hex() for i, offer in state.offers.items()},
             "shares": {i: value.hex() for i, value in state.shares.items()},
         }
-        keys.write_private(self._epoch_path, json.dumps(kept).encode(), durable=durable)
+        write_private(self._epoch_path, json.dumps(kept).encode(), durable=durable)
         self._state = state
 
     def _kept_answer(self, state: _State, x: int, digest: bytes) -> Path:
@@ -484,11 +485,7 @@ class Member:
     def _keep(self, path: Path, answer: bytes) -> None:
         for old in self._folder.glob("answer-*"):
             old.unlink()
-        draft = self._folder / "draft"
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(answer)
-        os.replace(draft, path)
+        write_private(path, answer, durable=False)
 
     def _note_answer(self, ask: frames.Ask, frame: bytes, *, absent: int | None = None) -> None:
         if ask.x not in self._log().answered:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from fedkola.errors import PrivacyError
-from fedkola.privacy.durable import write_durably
+from fedkola.files import write_private
 
 KEY_BYTES = 32
 CHUNK = 1 << 20
@@ -40,7 +40,7 @@ def exchange_key(path: Path) -> bytes:
     Raises PrivacyError for a file that holds no key.
     """
     if not path.exists():
-        write_durably(path, os.urandom(KEY_BYTES))
+        write_private(path, os.urandom(KEY_BYTES))
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise PrivacyError(

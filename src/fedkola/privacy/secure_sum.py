@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedkola import wire
 from fedkola.errors import CohortTooSmall, FedKolaError, PrivacyError, UpdateHidden, WireError
+from fedkola.files import write_private
 from fedkola.privacy import frames, keys, masks, member, shamir
 from fedkola.privacy.graph import choose_graph, neighbours
 from fedkola.privacy.keys import Roster
@@ -217,7 +218,7 @@ class SecureSum:
             kept = json.loads(self._counter.read_text(encoding="ascii"))
         opening = frames.Opening(epoch=kept["epoch"], first=kept["first"], count=self._exchanges)
         after = {"epoch": opening.epoch + 1, "first": opening.first + opening.count}
-        keys.write_private(self._counter, json.dumps(after).encode())
+        write_private(self._counter, json.dumps(after).encode())
         return opening
 
     # --- an exchange ------------------------------------------------------------------------------
@@ -456,7 +457,7 @@ def enrol(folder: Path, stores: Mapping[str, Path], rules: Rules) -> Enrolled:
     key = keys.identity(folder / "server.key")
     run = folder / "run.id"
     if not run.exists():
-        keys.write_private(run, os.urandom(16))
+        write_private(run, os.urandom(16))
     own = {name: keys.identity(store / FOLDER / IDENTITY) for name, store in stores.items()}
     sites = [(name, one.public_key().public_bytes_raw()) for name, one in own.items()]
     roster = keys.roster(run.read_bytes(), key.public_key().public_bytes_raw(), sites)

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fedkola.files import write_private
 from fedkola.training import packing, whole
 from fedkola.training.model import Foundation
 from fedkola.training.whole import COUNT, FIRST, SECOND, Local
@@ -87,10 +88,7 @@ def remembered(store: Path, *, before: int) -> tuple[dict[str, Tensor], int]:
 def remember(store: Path, number: int, kept: Weights) -> None:
     """Keep this for the rounds after ``number``; older than the round before it is deleted."""
     path = _path(store, number)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_bytes(safetensors.torch.save({n: v.contiguous() for n, v in kept.items()}))
-    draft.replace(path)
+    write_private(path, safetensors.torch.save({n: v.contiguous() for n, v in kept.items()}))
     older = sorted(found for found in _numbers(store) if found < number)
     for old in older[:-1]:
         _path(store, old).unlink()

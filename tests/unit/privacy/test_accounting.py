@@ -143,14 +143,15 @@ def test_a_damaged_account_stops_the_site(tmp_path, text):
 CHARGE = """
 import os, signal, sys
 from pathlib import Path
-from fedkola.privacy import accounting, durable
+from fedkola import files
+from fedkola.privacy import accounting
 from fedkola.privacy.accounting import Cost, Entry
 real = os.replace
 def replace(*args):
     if sys.argv[2] == "before": os.kill(os.getpid(), signal.SIGKILL)
     real(*args)
     if sys.argv[2] == "after": os.kill(os.getpid(), signal.SIGKILL)
-durable.os.replace = replace
+files.os.replace = replace
 cost = Cost(unit="patient", noise=1.0, rate=0.05, count=8)
 accounting.charge(Path(sys.argv[1]), Entry(exchange="x2", run="r", round=2, costs=(cost,)))
 """

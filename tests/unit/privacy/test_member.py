@@ -494,3 +494,11 @@ def test_a_site_that_answers_garbage_is_lost_like_any_other(run: Masked):
     found = summed(run)
     assert found.words["x"].tolist() == [9, -9]
     assert run.clients.tally().refused == {"site-001": "WireError"}
+
+
+def test_a_key_file_that_holds_no_key_is_named_and_never_replaced(tmp_path):
+    path = tmp_path / "identity.key"
+    path.write_bytes(b"short")
+    with pytest.raises(PrivacyError, match="5 bytes, a private key has 32; restore it"):
+        keys.identity(path)
+    assert path.read_bytes() == b"short"
