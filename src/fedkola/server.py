@@ -20,6 +20,7 @@ from fedkola import removal, wire
 from fedkola.algorithms import ALGORITHMS
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
+from fedkola.algorithms.robust_lora import RobustLoRA
 from fedkola.algorithms.setting import Setting
 from fedkola.audit import transcript as transcripts
 from fedkola.audit.tap import SumTap, Tap
@@ -43,14 +44,15 @@ from fedkola.knowledge.availability import Pattern
 from fedkola.knowledge.compact import Policy
 from fedkola.knowledge.stream import Stream, in_rounds
 from fedkola.ledger import Ledger
-from fedkola.plan import Plan, as_dict, digest
+from fedkola.plan import Plan, Robust, as_dict, digest
 from fedkola.privacy import guards, policy, secure_sum
 from fedkola.privacy.behind import Behind
 from fedkola.privacy.guards import Guarded
 from fedkola.privacy.member import LEAST, Rules
 from fedkola.privacy.record_dp import RecordDP
-from fedkola.privacy.secure_sum import Enrolled
+from fedkola.privacy.secure_sum import EXCHANGES, Enrolled
 from fedkola.privacy.sum_dp import PooledDP, SiteDP
+from fedkola.quality import groups
 from fedkola.quality.lies import LIES
 from fedkola.training import adapters, features, model
 from fedkola.training.model import Foundation
@@ -100,6 +102,13 @@ def check(plan: Plan) -> None:
         raise Incompatible(
             f"cohort.minimum = {plan.cohort.minimum} is below knowledge.k_min = "
             f"{plan.knowledge.k_min}; no cell could ever open in such a round"
+        )
+    if issubclass(method, RobustLoRA):
+        groups.settings(plan)
+    elif plan.robust != Robust() or plan.cohort.groups_of:
+        raise Incompatible(
+            f"{plan.algorithm.name} adds updates up and reads neither [robust] nor "
+            "cohort.groups_of; leave them out, or set algorithm.name to robust_lora"
         )
     if plan.privacy.secure_sum:
         _check_secure(plan)
@@ -157,6 +166,8 @@ def assemble(
     parts = {name: membership.hold_out(data, share) for name, data in stream.sites.items()}
     if share:
         stream = replace(stream, sites={name: kept for name, (kept, _) in parts.items()})
+    if issubclass(ALGORITHMS[plan.algorithm.name], RobustLoRA):
+        groups.require(groups.settings(plan), plan.cohort.size or len(parts))
     keep = _kept(plan, stream)
     secured = enrolled(plan, folder, tuple(parts), base)
     sites = {
@@ -218,7 +229,9 @@ def connect(
     )
     if transcript is not None:
         engine = Tap(engine, transcript)
-    clients: Clients = secured.over(engine) if secured else engine
+    # A group is asked once: the keys of more exchanges would be made for nothing.
+    ahead = 1 if plan.cohort.groups_of else EXCHANGES
+    clients: Clients = secured.over(engine, exchanges=ahead) if secured else engine
     if transcript is not None:
         clients = SumTap(clients, transcript)
     held = guard(plan)

@@ -18,6 +18,7 @@ from fedkola.plan import (
     Privacy,
     Quality,
     Release,
+    Robust,
     Run,
     Scenario,
     Site,
@@ -98,6 +99,7 @@ plans = st.builds(
         size=st.sampled_from([0, 5, 2**63 - 1]),
         minimum=st.integers(1, 5),
         records=counts,
+        groups_of=counts,
     ),
     algorithm=st.builds(
         Algorithm,
@@ -181,6 +183,14 @@ plans = st.builds(
         absent=counts,
     ),
     quality=st.builds(Quality, mode=texts),
+    robust=st.builds(
+        Robust,
+        rule=texts,
+        tau=st.floats(min_value=0),
+        assume_liars=shares,
+        reliability=st.sampled_from(["off", "warn", "regroup"]),
+        root=texts,
+    ),
     engine=st.builds(Engine, name=texts, order=counts),
     site=st.builds(
         Site,

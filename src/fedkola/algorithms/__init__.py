@@ -24,6 +24,7 @@ from fedkola.algorithms.lorm import LoRM
 from fedkola.algorithms.o_lora import OLoRA
 from fedkola.algorithms.oracle import Oracle
 from fedkola.algorithms.replay import Replay
+from fedkola.algorithms.robust_lora import RobustLoRA
 from fedkola.algorithms.rolora import RoLoRA
 from fedkola.algorithms.slao import SLAO
 from fedkola.errors import UnknownName
@@ -33,6 +34,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "fedkola": FedKoLa,
     "adapted": Adapted,
     "fedit": FedIT,
+    "robust_lora": RobustLoRA,
     "ffa_lora": FFALoRA,
     "rolora": RoLoRA,
     "flora": FLoRA,

@@ -42,6 +42,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "cohort.size": (0, _WORD),
     "cohort.minimum": (1, _WORD),
     "cohort.records": (0, _WORD),
+    "cohort.groups_of": (0, _WORD),
     "algorithm.rank": (1, _WORD),
     "algorithm.ranks": (1, _WORD),
     "algorithm.alpha": (_TINY, _HUGE),
@@ -105,6 +106,8 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "privacy.units": (0, _WORD),
     "privacy.sequences": (1, _WORD),
     "privacy.absent": (0, _WORD),
+    "robust.tau": (0, inf),
+    "robust.assume_liars": (0, 1),
     "engine.order": (0, _WORD),
     "site.minimum": (1, _WORD),
     "site.rehearsal_days": (0, _HUGE),
@@ -125,6 +128,7 @@ _DOWN = ("float32", "float16", "change")
 _MOMENTS = ("own", "shared")
 _WEIGHTS = ("equal", "tokens")
 _PRECISIONS = ("float32", "bfloat16")
+_RELIABILITY = ("off", "warn", "regroup")
 _PERIODS = ("year", "quarter")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _EMBEDDINGS = ("refuse", "presence-disclosed")
@@ -174,6 +178,7 @@ def check(plan: "Plan") -> None:
         ("pretrain.down", plan.pretrain.down, _DOWN),
         ("pretrain.weight", plan.pretrain.weight, _WEIGHTS),
         ("pretrain.precision", plan.pretrain.precision, _PRECISIONS),
+        ("robust.reliability", plan.robust.reliability, _RELIABILITY),
         ("privacy.level", plan.privacy.level, _LEVELS),
         ("privacy.unit", plan.privacy.unit, _UNITS),
         ("scenario.availability", plan.scenario.availability, _AVAILABILITY),

@@ -116,11 +116,13 @@ class Scenario:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cohort:
     """Sites asked in a round (0 is all of them), the least that must answer, and the most records
-    that one of them may answer for (0 is any number)."""
+    that one of them may answer for (0 is any number). ``groups_of`` sites are summed at a time
+    where the algorithm combines sums by a rule (0: all of them, 1: single updates)."""
 
     size: int = 0
     minimum: int = 3
     records: int = 0
+    groups_of: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,6 +259,22 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Robust:
+    """How updates are combined where some sites lie, read by the algorithm "robust_lora" alone.
+
+    ``tau`` bounds the norm of an update (0: 1.2 times that of the one in the middle, inf: none),
+    ``assume_liars`` is the share of sites that the rule is told to expect, ``root`` the site that
+    "fltrust" trusts. ``reliability`` says what evidence about sites does: "off", "warn" or
+    "regroup"."""
+
+    rule: str = "mean"
+    tau: float = 0.0
+    assume_liars: float = 0.0
+    reliability: str = "warn"
+    root: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """``order`` 0 keeps the order of the cohort, else it is the seed that shuffles arrival."""
 
@@ -318,6 +336,7 @@ class Plan:
     knowledge: Knowledge = field(default_factory=Knowledge)
     privacy: Privacy = field(default_factory=Privacy)
     quality: Quality = field(default_factory=Quality)
+    robust: Robust = field(default_factory=Robust)
     engine: Engine = field(default_factory=Engine)
     site: Site = field(default_factory=Site)
     audit: Audit = field(default_factory=Audit)

@@ -442,10 +442,15 @@ class Enrolled:
         """The half of one site, which keeps its secrets below ``store``."""
         return Member(name, store, self.roster, self.rules)
 
-    def over(self, engine: Engine) -> SecureSum:
-        """The half of the server."""
+    def over(self, engine: Engine, *, exchanges: int = EXCHANGES) -> SecureSum:
+        """The half of the server; an epoch prepares the keys of so many exchanges."""
         return SecureSum(
-            engine, roster=self.roster, key=self.key, folder=self.folder, rules=self.rules
+            engine,
+            roster=self.roster,
+            key=self.key,
+            folder=self.folder,
+            rules=self.rules,
+            exchanges=exchanges,
         )
 
 
