@@ -38,7 +38,7 @@ def test_an_audit_says_what_it_tried_and_what_it_could_not(fedkola: Fedkola, rec
 @pytest.mark.parametrize(
     ("observer", "says"),
     [
-        ("eve", "expected wire, server, site:NAME, coalition:A,B or model"),
+        ("eve", "expected wire, server, tls, site:NAME, coalition:A,B or model"),
         ("site:nowhere", "there is no site 'nowhere' in this run; it has site-1, site-2, site-3"),
         ("coalition:site-1,nowhere", "there is no site 'nowhere'"),
         ("site", "site takes one site, as site:NAME"),

@@ -206,6 +206,7 @@ plans = st.builds(
         rounds=st.lists(
             st.sampled_from(["all", "first", "middle", "last", "every:7", "12"]), max_size=3
         ).map(tuple),
+        canaries=st.integers(0, 16),
     ),
     release=st.builds(
         Release,

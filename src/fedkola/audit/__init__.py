@@ -15,6 +15,7 @@ from fedkola.audit.embedding_rows import EmbeddingRows
 from fedkola.audit.membership import Membership
 from fedkola.audit.patches import Patches
 from fedkola.audit.presence import Presence
+from fedkola.audit.sizes import Sizes
 
 ATTACKS: Mapping[str, type[Any]] = {
     "dager": Dager,
@@ -24,4 +25,5 @@ ATTACKS: Mapping[str, type[Any]] = {
     "membership": Membership,
     "canary": CanaryExposure,
     "checks": Checks,
+    "sizes": Sizes,
 }

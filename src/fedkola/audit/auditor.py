@@ -11,6 +11,8 @@ from fedkola.audit.view import MODEL, View
 from fedkola.errors import FedKolaError
 
 TARGETS = ("single", "sum", "model")
+# Who sees the frames of all sites, and reads them.
+READERS = ("wire", "server", "coalition")
 # Attacks on what the model itself remembers; the others are on changes.
 OF_MODELS: Mapping[str, tuple[str, ...]] = {"canary": ("model",)}
 
@@ -38,7 +40,8 @@ def attacked(
 ) -> tuple[list[Evidence], list[NotRun]]:
     """Every attack on every kind of target that is there, on at most ``most`` updates of each.
 
-    An attack has ``run``, for changes, or ``examine``, for the frames themselves.
+    An attack has ``run``, for changes, or ``examine``, for the frames themselves, of the kinds of
+    observers that it names.
 
     What an attack itself refuses to try is listed with its reason, never left out silently; so is
     what was not begun by the time ``until`` of ``clock``.
@@ -48,7 +51,7 @@ def attacked(
     groups = {target: chosen(sighted, target, most) for target in TARGETS}
     for name, attack in attacks.items():
         if hasattr(attack, "examine"):
-            if seen.observer.kind not in ("wire", "server", "coalition"):
+            if seen.observer.kind not in getattr(attack, "observers", READERS):
                 continue
             note(f"{name} on the transcript")
             try:

@@ -5,6 +5,12 @@ secret sharer, USENIX Security 2019). Its exposure is 16 - log2 of the rank of i
 65,536 fillings by their likelihood: 16 bits for the likeliest, 1.44 on average for one that was
 never read. Extraction asks the model itself: the greedy continuation, and 100 samples from the 40
 likeliest tokens (Carlini et al., Extracting training data, USENIX Security 2021).
+
+A copy is a unit of its own, as when many patients tell the same; a guarantee for one unit says
+nothing of 64. So some canaries stand 64 times in the text of one patient alone ("unit_64"), which
+is what such a guarantee must hide, beside those that stand once. The null is exact: digits are
+drawn without regard to any model, so ranks of what was never read are uniform and exposures
+exponential; it is what so many of them stay below in 95 % of cases.
 """
 
 import math
@@ -15,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from scipy.special import gammaincinv
 from torch import Tensor
 
 from fedkola.audit import shadow
@@ -36,18 +43,24 @@ from fedkola.types import Weights
 
 SHARE = 10 / 16
 SAMPLES, TOP = 100, 40
-MOST = 16
+MOST, KINDS = 16, 6
+RARE = 0.05
 FIRST = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas")
-LAST = ("Adler", "Brandt", "Castro", "Dumas", "Engel", "Fischer", "Garcia", "Huber", "Ivanov")
+LAST = ("Adler", "Brandt", "Castro", "Dumas", "Engel", "Fischer", "Garcia", "Huber", "Ives", "Jung")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Canary:
-    """One secret and how often it is planted."""
+    """One secret and how often it is planted; ``together`` all of it in the text of one unit."""
 
     name: str
     digits: str
     repeats: int
+    together: bool = False
+
+    @property
+    def kind(self) -> str:
+        return f"unit_{self.repeats}" if self.together else f"{self.repeats}"
 
     @property
     def prefix(self) -> str:
@@ -60,7 +73,8 @@ class Canary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanaryExposure:
-    """``each`` canaries for every number of repeats, and as many that are never planted.
+    """``each`` canaries for every number of repeats, each copy a unit, and for those ``together``
+    in one unit; and as many that are never planted.
 
     ``secret`` decides names and digits; plant the texts of :meth:`canaries` in the records. A
     secret has ``digits`` digits and is ranked among 2^``bits`` of them.
@@ -69,6 +83,7 @@ class CanaryExposure:
     name: ClassVar[str] = "canary"
     targets: ClassVar[tuple[str, ...]] = ("sum", "model")
     repeats: tuple[int, ...] = (1, 4, 16, 64)
+    together: tuple[int, ...] = (64,)
     each: int = 4
     secret: int = 0
     digits: int = 5
@@ -79,7 +94,11 @@ class CanaryExposure:
 
     def canaries(self) -> tuple[Canary, ...]:
         """Every canary, the ones that are never planted last."""
-        return made((*self.repeats, 0), self.each, digits=self.digits, seed=self.secret)
+        counts = (*self.repeats, 0, *self.together)
+        found = made(counts, self.each, digits=self.digits, seed=self.secret)
+        apart, rest = len(self.repeats) * self.each, (len(self.repeats) + 1) * self.each
+        whole = tuple(replace(canary, together=True) for canary in found[rest:])
+        return (*found[:apart], *whole, *found[apart:rest])
 
     def run(self, seen: Sequence[Sighting], known: Known, truth: Truth) -> Evidence:
         """Exposure under the newest weights that can be seen: those after the last change.
@@ -118,14 +137,14 @@ class CanaryExposure:
 def made(counts: Sequence[int], each: int, *, digits: int, seed: int) -> tuple[Canary, ...]:
     """``each`` canaries for every count of repeats, names and digits by the seed; the first few of
     a count do not depend on ``each``. Raises DataError for more than there are names for."""
-    if each > MOST or len(counts) * MOST > len(FIRST) * len(LAST):
+    if each > MOST or len(counts) > KINDS:
         raise DataError(
-            f"{each} canaries of {len(counts)} kinds were asked for; there are names for "
-            f"{MOST} of {len(FIRST) * len(LAST) // MOST} kinds"
+            f"{each} canaries of {len(counts)} kinds were asked for; there are names for {MOST} of "
+            f"{KINDS} kinds"
         )
     chance = random.Random(f"fedkola/canary/1/{seed}")
-    names = chance.sample([f"{first} {last}" for first in FIRST for last in LAST], 5 * MOST)
-    numbers = chance.sample(range(10**digits), 5 * MOST)
+    names = chance.sample([f"{first} {last}" for first in FIRST for last in LAST], KINDS * MOST)
+    numbers = chance.sample(range(10**digits), KINDS * MOST)
     return tuple(
         Canary(name=names[place], digits=f"{numbers[place]:0{digits}d}", repeats=count)
         for group, count in enumerate(counts)
@@ -192,6 +211,12 @@ def exposure(
     return book.bits - math.log2(1 + before)
 
 
+def chance_level(count: int) -> float:
+    """Bits that the mean exposure of ``count`` canaries that were never read exceeds in 5 % of
+    cases."""
+    return float(gammaincinv(count, 1 - RARE)) / count / math.log(2)
+
+
 # --- private --------------------------------------------------------------------------------------
 
 
@@ -215,24 +240,21 @@ def _measures(
     *,
     seed: int,
 ) -> dict[str, Measure]:
-    def of(values: Sequence[float], repeats: int) -> list[float]:
+    def of(values: Sequence[float], kind: str) -> list[float]:
         rows = zip(canaries, values, strict=True)
-        return [value for canary, value in rows if canary.repeats == repeats]
+        return [value for canary, value in rows if canary.kind == kind]
 
-    null = of(bits, 0)
-    level = sum(null) / len(null)
-    found = {"exposure_0": mean_interval(null, seed=seed)}
-    for count in sorted({canary.repeats for canary in canaries} - {0}):
-        found[f"exposure_{count}"] = mean_interval(of(bits, count), seed=seed, null=level)
-    most = max(canary.repeats for canary in canaries)
-    found["exposure"] = found[f"exposure_{most}"]
+    kinds = [kind for kind in dict.fromkeys(canary.kind for canary in canaries) if kind != "0"]
+    found = {"exposure_0": mean_interval(of(bits, "0"), seed=seed)}
+    for kind in kinds:
+        own = of(bits, kind)
+        found[f"exposure_{kind}"] = mean_interval(own, seed=seed, null=chance_level(len(own)))
     for name, values in (("greedy", greedy), ("top40", sampled)):
-        for count in sorted({canary.repeats for canary in canaries} - {0}):
-            hits, misses = of(values, count), of(values, 0)
-            found[f"{name}_{count}"] = rate_interval(
+        for kind in kinds:
+            hits, misses = of(values, kind), of(values, "0")
+            found[f"{name}_{kind}"] = rate_interval(
                 int(sum(hits)), len(hits), null=sum(misses) / len(misses)
             )
-    found["digits"] = found[f"greedy_{most}"]
     return found
 
 

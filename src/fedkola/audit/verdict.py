@@ -22,23 +22,19 @@ SCHEMA = "fedkola.audit/1"
 ORDER = ("recovered", "above_null", "broken", "disclosed", "bounded", "at_null", "not_run")
 # A score must stand this far above its null: the null is an estimate too.
 MARGIN = 0.02
-SEQUENCES, PRESENCE, MEMBERSHIP, MEMORY, TRANSCRIPT = (
-    "sequences",
-    "presence",
-    "membership",
-    "memory",
-    "transcript",
-)
-CONCERNS = (SEQUENCES, PRESENCE, MEMBERSHIP, MEMORY, TRANSCRIPT)
+SEQUENCES, PRESENCE, MEMBERSHIP = "sequences", "presence", "membership"
+MEMORY, TRANSCRIPT, LENGTHS = "memory", "transcript", "lengths"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
     """How the scores of one attack are read: what it is about, and the measures that decide, the
-    first that is there leading."""
+    first that is there leading. ``claimed`` decide instead where an epsilon is claimed: those of
+    one unit, which is all that it speaks of."""
 
     concern: str
     measures: tuple[str, ...]
+    claimed: tuple[str, ...] = ()
 
 
 READINGS: Mapping[str, Reading] = {
@@ -50,9 +46,12 @@ READINGS: Mapping[str, Reading] = {
     "presence": Reading(concern=PRESENCE, measures=("presence_auc", "matched_auc")),
     "membership": Reading(concern=MEMBERSHIP, measures=("auc", "tpr_at_1_fpr")),
     "canary": Reading(
-        concern=MEMORY, measures=("exposure_64", "greedy_64", "exposure_16", "greedy_16")
+        concern=MEMORY,
+        measures=("exposure_64", "greedy_64", "exposure_16", "greedy_16", "exposure_unit_64"),
+        claimed=("exposure_unit_64", "exposure_1", "greedy_unit_64", "greedy_1"),
     ),
     "checks": Reading(concern=TRANSCRIPT, measures=("violations",)),
+    "sizes": Reading(concern=LENGTHS, measures=("violations",)),
 }
 
 
@@ -75,7 +74,7 @@ def verdict(evidence: Evidence, defences: Defences) -> str:
     if not evidence.control.passed:
         return "broken"
     reading = read(evidence)
-    shown = [name for name in reading.measures if name in evidence.measures]
+    shown = leading(evidence, defences)
     if not any(above(evidence.measures[name], chance=_chance(name)) for name in shown):
         return "at_null"
     exact = evidence.measures.get("exact")
@@ -101,18 +100,33 @@ def read(evidence: Evidence) -> Reading:
     return known or Reading(concern=SEQUENCES, measures=tuple(evidence.measures))
 
 
+def leading(evidence: Evidence, defences: Defences) -> list[str]:
+    """The measures that decide a verdict, of those that are there."""
+    reading = read(evidence)
+    chosen = reading.claimed if defences.epsilon is not None else ()
+    return [name for name in chosen or reading.measures if name in evidence.measures]
+
+
 def concern(evidence: Evidence) -> str:
     """The row of the verdicts that an attack belongs to: "attributable" for single answers, the sum
     by what is claimed of it, the model and the transcript by theirs."""
     about = read(evidence).concern
-    if about in (MEMBERSHIP, MEMORY, TRANSCRIPT):
+    if about in (MEMBERSHIP, MEMORY, TRANSCRIPT, LENGTHS):
         return about
     return "attributable" if evidence.target == "single" else f"sum_{about}"
 
 
 def verdicts(found: Sequence[tuple[Evidence, str]]) -> dict[str, str]:
     """The worst verdict of each concern; "not_run" where nothing was tried."""
-    rows = ("attributable", "sum_sequences", "sum_presence", MEMBERSHIP, MEMORY, TRANSCRIPT)
+    rows = (
+        "attributable",
+        "sum_sequences",
+        "sum_presence",
+        MEMBERSHIP,
+        MEMORY,
+        TRANSCRIPT,
+        LENGTHS,
+    )
     return {
         row: min(
             (word for evidence, word in found if concern(evidence) == row),
@@ -142,7 +156,7 @@ def attack_document(evidence: Evidence, *, observer: str, defences: Defences) ->
         "updates": evidence.updates,
         "verdict": verdict(evidence, defences),
         "seconds": round(evidence.seconds, 2),
-        "leading": [name for name in read(evidence).measures if name in evidence.measures],
+        "leading": leading(evidence, defences),
         "metrics": {name: _measure(value) for name, value in evidence.measures.items()},
         "positive_control": {
             "metric": control.metric,

@@ -3,8 +3,9 @@
 - ``wire``: every message on an open network; the protocol gives the server no secret, so this is
   what the server sees.
 - ``server``: the same.
-- ``site:NAME``: what this site was asked and what it answered. Consecutive broadcasts differ by
-  what the round added, so it can read sums of the others.
+- ``tls``: a network that carries TLS: who spoke to whom, when and how much, and no content.
+- ``site:NAME`` (or ``client:NAME``): what this site was asked and what it answered. Consecutive
+  broadcasts differ by what the round added, so it can read sums of the others.
 - ``coalition:A,B``: the server and these sites, which take their own part out of every sum.
 - ``model``: the last weights alone.
 
@@ -14,7 +15,7 @@ decode it, so that attacks on it are measured and not assumed to fail.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,8 +32,8 @@ from fedkola.privacy import behind, frames, masks, member
 from fedkola.privacy.member import ASK, OPEN, RELAY, REVEAL, SHARE
 from fedkola.types import Aggregate, Broadcast, Grid, Reply, Scalar, Weights
 
-Kind = Literal["wire", "server", "site", "coalition", "model"]
-KINDS: tuple[Kind, ...] = ("wire", "server", "site", "coalition", "model")
+Kind = Literal["wire", "server", "tls", "site", "coalition", "model"]
+KINDS: tuple[Kind, ...] = ("wire", "server", "tls", "site", "coalition", "model")
 
 _SETUP = frozenset({OPEN, SHARE, RELAY, REVEAL})
 SUM, OTHERS, MODEL = "sum", "others", "model"
@@ -66,12 +67,14 @@ class View:
 def observer(text: str, roster: Sequence[str]) -> Observer:
     """The observer that a text names; raises UnknownName for a kind or a site that is not there."""
     kind, _, names = text.partition(":")
+    kind = "site" if kind == "client" else kind
     sites = tuple(name.strip() for name in names.split(",") if name.strip())
     wants = {"site": 1, "coalition": 2}.get(kind, 0)
     found = next((known for known in KINDS if known == kind), None)
     if found is None:
         raise UnknownName(
-            f"observer {text!r} was given; expected wire, server, site:NAME, coalition:A,B or model"
+            f"observer {text!r} was given; expected wire, server, tls, site:NAME, coalition:A,B or "
+            "model"
         )
     if (wants == 0) != (not sites) or (wants == 1 and len(sites) != 1):
         expected = {"site": "one site, as site:NAME", "coalition": "sites, as coalition:A,B"}
@@ -98,16 +101,18 @@ def view(
     """Exactly the frames and secrets of an observer; ``stores`` are the private folders of sites
     that lie on this machine."""
     whole = observer.kind in ("wire", "server", "coalition")
+    sealed = observer.kind == "tls"
+    frames = (
+        frame
+        for frame in recording.frames
+        if whole or (frame.at == "wire" and (sealed or frame.peer in observer.sites))
+    )
     return View(
         observer=observer,
         recording=recording,
-        frames=tuple(
-            frame
-            for frame in recording.frames
-            if whole or (frame.at == "wire" and frame.peer in observer.sites)
-        ),
+        frames=tuple(replace(f, stored=False, same=-1) if sealed else f for f in frames),
         secrets={name: stores[name] for name in observer.sites if name in stores},
-        final=final,
+        final={} if sealed else final,
         mean=mean,
     )
 

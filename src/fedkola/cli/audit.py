@@ -30,7 +30,7 @@ def audit(
     observer: Annotated[
         list[str] | None,
         typer.Option(
-            help="Who looks: wire, server, site:NAME, coalition:A,B or model; repeatable."
+            help="Who looks: wire, server, tls, site:NAME, coalition:A,B or model; repeatable."
         ),
     ] = None,
     rehearse: Annotated[

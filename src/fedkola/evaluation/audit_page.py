@@ -35,6 +35,7 @@ VERDICTS: Mapping[str, tuple[str, bool, str]] = {
 OBSERVERS = {
     "wire": "the network, without TLS",
     "server": "the coordinating server",
+    "tls": "the network, with TLS: no content",
     "site": "another site of the federation",
     "coalition": "the server together with sites",
     "model": "whoever gets the model",
@@ -152,11 +153,13 @@ def _threat(
     mine = [
         attack
         for attack in attacks
-        if attack["observer"] == view["observer"] or attack["target"] == "model"
+        if attack["observer"] == view["observer"]
+        or (attack["target"] == "model" and view["observer"] != "tls")
     ]
     cells = []
     for concern, _ in CONCERNS:
-        own = [attack for attack in mine if attack["concern"] == concern]
+        also = "lengths" if concern == "transcript" else concern
+        own = [attack for attack in mine if attack["concern"] in (concern, also)]
         worst = min(own, key=lambda attack: list(VERDICTS).index(attack["verdict"]), default=None)
         if worst is None:
             cells.append({"badge": _badge("not_run"), "note": ""})
@@ -326,10 +329,15 @@ def _made(doc: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("sites", str(len(doc["sites"]))),
         ("model", f"{model['name']}, width {model['width']}, {plots.count(model['parameters'])}"),
         ("profile", doc["profile"]),
+        *([("planted secrets", _planted(doc))] if doc.get("canaries") else []),
         ("plan", doc["plan"][:23]),
         ("transcript", doc["transcript"][:23]),
         ("fedkola", doc["version"]),
     ]
+
+
+def _planted(doc: Mapping[str, Any]) -> str:
+    return f"{doc['canaries']} of each kind, made up, in the text of one site"
 
 
 def _list(rounds: Sequence[int]) -> str:

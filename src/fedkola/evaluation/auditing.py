@@ -17,6 +17,7 @@ from typing import Any
 from fedkola import __version__
 from fedkola import plan as plans
 from fedkola.audit import ATTACKS, auditor, transcript, verdict, view
+from fedkola.audit.canary import CanaryExposure
 from fedkola.audit.evidence import Evidence, Known
 from fedkola.audit.verdict import Defences
 from fedkola.audit.view import Observer, View
@@ -31,6 +32,7 @@ from fedkola.privacy import policy
 from fedkola.types import Report
 
 NAMES = ("audit.json", "audit.html")
+CANARIES = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +70,8 @@ def audit(
     """
     began = time.monotonic()
     size = _profile(profile)
-    chosen = {name: _quick(ATTACKS[name], profile) for name in _known(attacks)}
     federation, plan = session.federation, session.plan
+    chosen = {name: _sized(ATTACKS[name], profile, plan) for name in _known(attacks)}
     roster = tuple(federation.sites)
     who = [view.observer(text, roster) for text in observers or _usual(roster)]
     heads = [
@@ -94,6 +96,10 @@ def audit(
             final=dict(state.weights),
             mean=plan.pretrain.outer == "average",
         )
+        # An open network and the server see the same bytes, so that one attack stands for both.
+        if twin := next((f for f in found if {f[0].kind, one.kind} == {"wire", "server"}), None):
+            found.append((one, seen, *twin[2:]))
+            continue
         sighted = view.sightings(seen)
         truth = view.truth(stores, sighted, [n for n in roster if n not in one.sites])
         evidence, left = auditor.attacked(
@@ -123,14 +129,18 @@ def rehearse(
 ) -> Path:
     """Run a plan on its own records with recording on, beside its run folder; the new folder.
 
-    The records count as rehearsal data: public or synthetic, as the page will show them.
+    The records count as rehearsal data: public or synthetic, as the page will show them. Where
+    text is learnt, made-up secrets are planted in it, CANARIES of each kind or as the plan says.
     """
     asked = plans.load(plan_file)
+    canaries = asked.audit.canaries
+    if asked.algorithm.name == "diloco":
+        canaries = canaries or CANARIES
     name = f"{asked.run.name[:54]}-rehearsal"
     plan = replace(
         asked,
         run=replace(asked.run, name=name),
-        audit=replace(asked.audit, record=True),
+        audit=replace(asked.audit, record=True, canaries=canaries),
     )
     folder = Path(plan.run.folder) / name
     note(f"rehearsing {asked.run.name} in {folder}")
@@ -183,10 +193,14 @@ def _known(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names or ATTACKS)
 
 
-def _quick(attack: type[Any], profile: str) -> Any:
-    """The attack at the size of a profile; one that knows no sizes runs as it is."""
+def _sized(attack: type[Any], profile: str, plan: Plan) -> Any:
+    """The attack at the size of a profile, one that knows no sizes as it is; of canaries no more
+    than were planted."""
     whole = attack()
-    return whole.quick() if profile == "quick" and hasattr(whole, "quick") else whole
+    sized = whole.quick() if profile == "quick" and hasattr(whole, "quick") else whole
+    if isinstance(sized, CanaryExposure) and plan.audit.canaries:
+        return replace(sized, each=plan.audit.canaries)
+    return sized
 
 
 def _document(
@@ -220,6 +234,7 @@ def _document(
             "width": federation.foundation.width,
             "parameters": sum(p.numel() for p in federation.foundation.model.parameters()),
         },
+        "canaries": plan.audit.canaries,
         "defences": asdict(against),
         "gate": _refusals([row.report for row in rows]),
         "views": [_seen(one, seen) for one, seen, _, _ in found],

@@ -111,6 +111,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "engine.order": (0, _WORD),
     "site.minimum": (1, _WORD),
     "site.rehearsal_days": (0, _HUGE),
+    "audit.canaries": (0, 16),
     "release.sequences": (0, 1),
     "release.presence_auc": (0, 1),
     "release.canary_epsilon": (0, _HUGE),

@@ -300,10 +300,13 @@ class Site:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
     """``record`` writes the transcript that an audit attacks; ``rounds`` keep their payloads, all
-    others only headers: "first", "middle", "last", "every:10", "all" or the number of a round."""
+    others only headers: "first", "middle", "last", "every:10", "all" or the number of a round.
+    ``canaries`` made-up secrets of each kind are planted in the text of one site (see
+    ``audit.canary``)."""
 
     record: bool = False
     rounds: tuple[str, ...] = ("first", "middle", "last", "every:10")
+    canaries: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

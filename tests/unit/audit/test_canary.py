@@ -8,7 +8,7 @@ import torch
 from small_gpt import sentences, small_gpt
 
 from fedkola.audit import shadow
-from fedkola.audit.canary import CanaryExposure
+from fedkola.audit.canary import CanaryExposure, chance_level
 from fedkola.audit.evidence import Known, Sighting, Truth
 from fedkola.audit.shadow import Recipe
 from fedkola.errors import DataError
@@ -17,7 +17,7 @@ from fedkola.training.model import Foundation, encode
 from fedkola.training.whole import Local
 
 # 512 of 1,000 fillings, so that a test takes a second.
-ATTACK = CanaryExposure(repeats=(1, 40), each=4, digits=3, bits=9)
+ATTACK = CanaryExposure(repeats=(1, 40), together=(), each=4, digits=3, bits=9)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_what_was_read_forty_times_is_exposed_and_what_was_never_read_is_not(
     assert found.control.passed
     often, once, never = (found.measures[f"exposure_{count}"] for count in (40, 1, 0))
     assert often.value > 7
-    assert often.null == never.value
+    assert often.null == chance_level(4)
     assert never.value < 4
     assert once.value < often.value - 3
     assert found.measures["top40_40"].value > 0.5

@@ -1,5 +1,6 @@
 """Every observer is given what it saw, and nothing else."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 from fedkola.audit import transcript, view
 from fedkola.audit.evidence import Sighting
+from fedkola.audit.sizes import Sizes
 from fedkola.audit.view import View
-from fedkola.errors import UnknownName
+from fedkola.errors import DataError, UnknownName
 from fedkola.federation import Federation
 from fedkola.privacy import behind
 from fedkola.training.model import encode
@@ -52,6 +54,27 @@ def test_wire_and_server_read_every_answer_and_every_sum_of_a_plain_run(run, who
     for name, value in one.change.items():
         assert torch.allclose(one.before[name] + value, after[name], atol=1e-6)
     assert one.protocol["name"] == "FedIT"
+
+
+def test_a_network_under_tls_sees_lengths_that_say_nothing_and_no_content(run):
+    found = seen(run, "tls")
+    assert {frame.at for frame in found.frames} == {"wire"}
+    assert {frame.peer for frame in found.frames} == set(small.SITES)
+    assert (view.sightings(found), found.final) == ((), {})
+    evidence = Sizes().examine(found)
+    assert evidence.control.passed
+    assert evidence.measures["violations"].value == 0
+    padded = [
+        replace(f, size=f.size + (f.direction == "up" and f.round == 2 and f.peer == "west"))
+        for f in found.frames
+    ]
+    assert Sizes().examine(replace(found, frames=tuple(padded))).measures["violations"].value == 1
+    with pytest.raises(DataError, match="none went to two sites"):
+        Sizes().examine(replace(found, frames=found.frames[:1]))
+
+
+def test_client_is_another_word_for_site():
+    assert str(view.observer("client:west", ("west",))) == "site:west"
 
 
 def test_single_changes_weigh_up_to_the_sum(run):
@@ -127,7 +150,7 @@ def test_a_run_that_is_not_recorded_leaves_no_truth_behind(tmp_path: Path):
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ("eve", "wire, server, site:NAME, coalition:A,B or model"),
+        ("eve", "wire, server, tls, site:NAME, coalition:A,B or model"),
         ("site", "site takes one site, as site:NAME"),
         ("site:a,b", "site takes one site"),
         ("server:north", "server takes no names"),

@@ -9,7 +9,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from fedkola.errors import UnknownName
+from fedkola.audit.canary import CanaryExposure
+from fedkola.audit.planting import planted
+from fedkola.errors import Incompatible, UnknownName
 from fedkola.evaluation.tasks import (
     cl_text,
     clinc150,
@@ -54,6 +56,7 @@ def load(plan: Plan) -> Stream:
     windows later, at the latest in the last window. Of a record that then arrives twice in one
     window the newer text is kept. ``about`` gets ``release``, the delay.
     *Access.* ``about`` of a site that may not use everything gets ``access``, its scopes.
+    *Canaries.* ``audit.canaries`` plants made-up secrets, see ``with_canaries``.
 
     Raises UnknownName for a task, or a site or scope of the scenario, that does not exist, and
     what the task itself raises.
@@ -81,7 +84,30 @@ def load(plan: Plan) -> Stream:
                     f"{nearest(site, stream.sites)}; sites are {', '.join(stream.sites)}"
                 )
     stream = _noisy(stream, scenario, plan.run.seed)
-    return _restricted(_released(stream, scenario.release), scenario.access)
+    stream = _restricted(_released(stream, scenario.release), scenario.access)
+    return with_canaries(stream, plan)
+
+
+def with_canaries(stream: Stream, plan: Plan) -> Stream:
+    """The stream with ``audit.canaries`` secrets of each kind at the site with most records.
+
+    Raises Incompatible for an algorithm that learns no text.
+    """
+    if not plan.audit.canaries:
+        return stream
+    if plan.algorithm.name != "diloco":
+        raise Incompatible(
+            f"audit.canaries = {plan.audit.canaries} plants texts for a language model, and "
+            f'algorithm.name = "{plan.algorithm.name}" trains none; set audit.canaries = 0'
+        )
+    site = max(sorted(stream.sites), key=lambda name: len(stream.sites[name]))
+    secrets = CanaryExposure(each=plan.audit.canaries).canaries()
+    about = {**stream.about.get(site, {}), "canaries": sum(one.repeats for one in secrets)}
+    return replace(
+        stream,
+        sites={**stream.sites, site: planted(stream.sites[site], secrets)},
+        about={**stream.about, site: about},
+    )
 
 
 def _noisy(stream: Stream, scenario: Scenario, seed: int) -> Stream:
