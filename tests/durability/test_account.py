@@ -43,7 +43,7 @@ PLACES = {
     "after the key": (answering, "exchange_key"),
     "before the charge": (accounting, "charge"),
     "after the charge": (accounting, "charge"),
-    "after the outbox": (client, "_write"),
+    "after the outbox": (client, "write_private"),
     "before the commit": (ledger.Ledger, "commit"),
 }
 

@@ -40,8 +40,8 @@ CASES_OF_A_RUN = [
     ("fedkola", "Ledger.finish", 0),
     # In the revision of round 2 (of LoRA cells, of the Gram), before its commit, and before and
     # between the deletions of its sites.
-    ("revised", "client._write", 47),
-    ("revised", "client._write", 52),
+    ("revised", "client.write_private", 47),
+    ("revised", "client.write_private", 52),
     ("revised", "Ledger.commit", 1),
     ("revised", "Site.revise", 0),
     ("revised", "Site.revise", 2),
@@ -133,7 +133,7 @@ def places() -> list[tuple[str, str, int]]:
     chance = random.Random(20261122)
     answers = {"fedkola": 110, "fedit": 30, "replay": 30, "ewc": 30, "revised": 110}
     return [
-        (name, "client._write", at)
+        (name, "client.write_private", at)
         for name, most in answers.items()
         for at in sorted(chance.sample(range(1, most), 3))
     ]
