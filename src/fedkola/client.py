@@ -27,11 +27,11 @@ from fedkola.files import write_private
 from fedkola.knowledge import forget, journal, windows
 from fedkola.knowledge.journal import Place
 from fedkola.knowledge.stream import Records
+from fedkola.plan import Demands
 from fedkola.privacy import behind, policy
 from fedkola.privacy.answering import Answering
 from fedkola.privacy.behind import Behind
 from fedkola.privacy.member import Member
-from fedkola.privacy.policy import Policy
 from fedkola.privacy.sampling import Sequences
 from fedkola.training import evaluate, features, fit, packing, per_unit, pretraining, whole
 from fedkola.training.model import Foundation, encode
@@ -74,7 +74,7 @@ class Site:
         store: Path,
         held_out: Dataset | None = None,
         remembers: Callable[[int], bool] | None = None,
-        demands: Policy | None = None,
+        demands: Demands | None = None,
         member: Member | None = None,
         rounds: int = 1,
         budget: float = math.inf,
@@ -91,7 +91,7 @@ class Site:
         self._trainer = trainer
         self._data = data
         self._remembers = remembers
-        self._policy = demands or Policy()
+        self._demands = demands or Demands()
         self._behind = Behind()
         self._member = member
         self._packed: tuple[Any, tuple[list[list[int]], list[str]]] | None = None
@@ -391,7 +391,7 @@ class Site:
         tables = whole.tables(foundation) if self._behind.kind == "whole" else frozenset()
         ranks = [min(v.shape) for n, v in update.tensors.items() if n.endswith(".lora_B")]
         policy.gate(
-            self._policy,
+            self._demands,
             policy.Answer(
                 sites=len(asked.cohort),
                 masked=self._member is not None,

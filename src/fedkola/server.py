@@ -179,7 +179,7 @@ def assemble(
             store=folder / "sites" / name,
             held_out=never,
             remembers=keep,
-            demands=demands(plan),
+            demands=plan.site,
             budget=plan.scenario.budget.get(name, inf),
             member=secured.member(name, folder / "sites" / name) if secured else None,
             rounds=plan.run.rounds_per_window,
@@ -201,18 +201,6 @@ def assemble(
         algorithm=build(plan, valid, trainer, level, folder),
         level=level,
         transcript=transcript,
-    )
-
-
-def demands(plan: Plan) -> policy.Policy:
-    """What every site of an in-process run demands, as the plan says for all of them."""
-    site = plan.site
-    return policy.Policy(
-        minimum=site.minimum,
-        plain=site.plain,
-        embedding=site.embedding,
-        waive=site.waive,
-        rehearsal_days=site.rehearsal_days,
     )
 
 
@@ -525,7 +513,7 @@ def _check_gate(plan: Plan) -> None:
     own = plan.pretrain
     behind = Behind(kind="whole", steps=own.inner_steps, adaptive=own.optimiser == "adamw")
     policy.gate(
-        replace(demands(plan), rehearsal_days=0.0),
+        replace(plan.site, rehearsal_days=0.0),
         policy.Answer(
             sites=plan.cohort.size or plan.site.minimum,
             masked=plan.privacy.secure_sum,

@@ -9,6 +9,7 @@ from fedkola.plan.tree import (
     Algorithm,
     Audit,
     Cohort,
+    Demands,
     Engine,
     Knowledge,
     Model,
@@ -20,7 +21,6 @@ from fedkola.plan.tree import (
     Robust,
     Run,
     Scenario,
-    Site,
     Task,
 )
 
@@ -28,6 +28,7 @@ __all__ = [
     "Algorithm",
     "Audit",
     "Cohort",
+    "Demands",
     "Engine",
     "Knowledge",
     "Model",
@@ -39,7 +40,6 @@ __all__ = [
     "Robust",
     "Run",
     "Scenario",
-    "Site",
     "Task",
     "as_dict",
     "digest",

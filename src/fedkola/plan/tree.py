@@ -283,7 +283,7 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
+class Demands:
     """What the sites of an in-process run demand, where one person speaks for all of them; a site
     behind a network reads its own file and never this. ``minimum`` sites must be asked under
     secure aggregation unless ``plain`` runs are named; ``embedding`` is "refuse" or
@@ -341,7 +341,7 @@ class Plan:
     quality: Quality = field(default_factory=Quality)
     robust: Robust = field(default_factory=Robust)
     engine: Engine = field(default_factory=Engine)
-    site: Site = field(default_factory=Site)
+    site: Demands = field(default_factory=Demands)
     audit: Audit = field(default_factory=Audit)
     release: Release = field(default_factory=Release)
 

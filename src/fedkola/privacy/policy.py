@@ -29,31 +29,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedkola.errors import PolicyRefused
+from fedkola.plan import Demands
 from fedkola.privacy.behind import Behind
 from fedkola.types import Spec
 
-CODES = ("gate_cohort", "gate_span", "gate_embedding", "gate_adapters", "gate_rehearsal")
-WAIVABLE = ("gate_span", "gate_adapters")
 DISCLOSED = "presence-disclosed"
-EMBEDDINGS = ("refuse", DISCLOSED)
 REHEARSAL = "rehearsal.json"
 LEAST_STEPS = 8
 PER_WIDTH = PER_RANK = 4
 DAY = 86400.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """What one site demands. ``plain`` lets runs without secure aggregation through, ``embedding``
-    "presence-disclosed" lets answers show which words were used, ``waive`` lifts rules by name for
-    records that are public. ``rehearsal_days`` 0 asks for no rehearsal. The defaults are strict.
-    """
-
-    minimum: int = 3
-    plain: bool = False
-    embedding: str = "refuse"
-    waive: tuple[str, ...] = ()
-    rehearsal_days: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +56,7 @@ class Answer:
 
 
 def gate(
-    policy: Policy,
+    demands: Demands,
     answer: Answer,
     *,
     protocol: str,
@@ -81,16 +65,17 @@ def gate(
 ) -> None:
     """Raise PolicyRefused, with the code of the first rule that refuses.
 
-    ``protocol`` is the hash of the question's protocol, ``rehearsal`` the audit document that the
-    site holds of a rehearsal, None for none.
+    ``demands`` are the site's; their defaults are strict. ``protocol`` is the hash of the
+    question's protocol, ``rehearsal`` the audit document that the site holds of a rehearsal, None
+    for none.
     """
     if answer.behind.kind == "whole":
-        _cohort(policy, answer)
-        _span(policy, answer)
-        _embedding(policy, answer)
-        _rehearsed(policy, protocol, rehearsal, now)
+        _cohort(demands, answer)
+        _span(demands, answer)
+        _embedding(demands, answer)
+        _rehearsed(demands, protocol, rehearsal, now)
     elif answer.behind.kind == "adapter" and answer.rank:
-        _adapters(policy, answer)
+        _adapters(demands, answer)
 
 
 def protocol_hash(algorithm: Spec, guards: Sequence[Spec]) -> str:
@@ -103,19 +88,19 @@ def protocol_hash(algorithm: Spec, guards: Sequence[Spec]) -> str:
 # --- private --------------------------------------------------------------------------------------
 
 
-def _cohort(policy: Policy, answer: Answer) -> None:
-    if policy.plain or (answer.masked and answer.sites >= policy.minimum):
+def _cohort(demands: Demands, answer: Answer) -> None:
+    if demands.plain or (answer.masked and answer.sites >= demands.minimum):
         return
     how = f"{answer.sites} sites are asked {'under' if answer.masked else 'without'} secure sum"
     raise PolicyRefused(
-        f"{how}, this site demands {policy.minimum} under it: set privacy.secure_sum = true and "
+        f"{how}, this site demands {demands.minimum} under it: set privacy.secure_sum = true and "
         "ask more sites, or let the site name plain runs (site.plain = true)",
         code="gate_cohort",
     )
 
 
-def _span(policy: Policy, answer: Answer) -> None:
-    if answer.noisy or "gate_span" in policy.waive:
+def _span(demands: Demands, answer: Answer) -> None:
+    if answer.noisy or "gate_span" in demands.waive:
         return
     behind, least = answer.behind, PER_WIDTH * answer.width
     short = []
@@ -133,8 +118,8 @@ def _span(policy: Policy, answer: Answer) -> None:
         )
 
 
-def _embedding(policy: Policy, answer: Answer) -> None:
-    if answer.noisy or not answer.tables or policy.embedding == DISCLOSED:
+def _embedding(demands: Demands, answer: Answer) -> None:
+    if answer.noisy or not answer.tables or demands.embedding == DISCLOSED:
         return
     raise PolicyRefused(
         f"{', '.join(answer.tables[:3])} would leave, and rows of embeddings tell which words were "
@@ -144,8 +129,8 @@ def _embedding(policy: Policy, answer: Answer) -> None:
     )
 
 
-def _adapters(policy: Policy, answer: Answer) -> None:
-    if answer.noisy or "gate_adapters" in policy.waive:
+def _adapters(demands: Demands, answer: Answer) -> None:
+    if answer.noisy or "gate_adapters" in demands.waive:
         return
     if answer.behind.tokens < PER_RANK * answer.rank:
         raise PolicyRefused(
@@ -156,9 +141,9 @@ def _adapters(policy: Policy, answer: Answer) -> None:
 
 
 def _rehearsed(
-    policy: Policy, protocol: str, rehearsal: Mapping[str, Any] | None, now: float
+    demands: Demands, protocol: str, rehearsal: Mapping[str, Any] | None, now: float
 ) -> None:
-    if not policy.rehearsal_days:
+    if not demands.rehearsal_days:
         return
     if rehearsal is None:
         why = f"no {REHEARSAL} lies in the site's folder"
@@ -166,8 +151,8 @@ def _rehearsed(
         why = "the rehearsal that lies there was of another protocol"
     elif not rehearsal.get("passed"):
         why = "the rehearsal did not pass"
-    elif not 0 <= now - float(rehearsal.get("at", 0)) <= policy.rehearsal_days * DAY:
-        why = f"the rehearsal is not of the last {policy.rehearsal_days:g} days"
+    elif not 0 <= now - float(rehearsal.get("at", 0)) <= demands.rehearsal_days * DAY:
+        why = f"the rehearsal is not of the last {demands.rehearsal_days:g} days"
     else:
         return
     raise PolicyRefused(

@@ -11,9 +11,10 @@ import small_pretraining as small
 from fedkola import server, wire
 from fedkola.audit import transcript
 from fedkola.errors import CohortTooSmall, PolicyRefused
+from fedkola.plan import Demands
 from fedkola.privacy import policy
 from fedkola.privacy.behind import Behind
-from fedkola.privacy.policy import Answer, Policy
+from fedkola.privacy.policy import Answer
 
 GOOD = Answer(
     sites=3,
@@ -27,7 +28,7 @@ GOOD = Answer(
 PASSED = {"protocol": "p", "passed": True, "at": 1000.0}
 
 
-def code(answer: Answer, demands: Policy = Policy(), **given: object) -> str:  # noqa: B008
+def code(answer: Answer, demands: Demands = Demands(), **given: object) -> str:  # noqa: B008
     """The rule that refused, "" for none."""
     arguments = {"protocol": "p", "rehearsal": None, "now": 2000.0, **given}
     try:
@@ -64,14 +65,14 @@ def test_each_rule_refuses_at_its_bound(answer: Answer, refused: str):
 @pytest.mark.parametrize(
     ("answer", "demands"),
     [
-        (replace(GOOD, masked=False, sites=1), Policy(plain=True)),
-        (trained(steps=1), Policy(waive=("gate_span",))),
-        (replace(trained(steps=1, sequences=()), noisy=True), Policy()),
-        (replace(GOOD, tables=("wte",)), Policy(embedding="presence-disclosed")),
-        (replace(GOOD, tables=("wte",), noisy=True), Policy()),
+        (replace(GOOD, masked=False, sites=1), Demands(plain=True)),
+        (trained(steps=1), Demands(waive=("gate_span",))),
+        (replace(trained(steps=1, sequences=()), noisy=True), Demands()),
+        (replace(GOOD, tables=("wte",)), Demands(embedding="presence-disclosed")),
+        (replace(GOOD, tables=("wte",), noisy=True), Demands()),
     ],
 )
-def test_only_the_rule_that_is_named_is_lifted(answer: Answer, demands: Policy):
+def test_only_the_rule_that_is_named_is_lifted(answer: Answer, demands: Demands):
     assert code(answer, demands) == ""
     assert code(answer) != "" or answer.noisy
 
@@ -79,7 +80,7 @@ def test_only_the_rule_that_is_named_is_lifted(answer: Answer, demands: Policy):
 def test_adapters_of_a_language_model_need_more_tokens_than_their_rank_times_four():
     adapter = replace(trained(kind="adapter", sequences=((1,) * 31,)), rank=8)
     assert code(adapter) == "gate_adapters"
-    assert code(adapter, Policy(waive=("gate_adapters",))) == ""
+    assert code(adapter, Demands(waive=("gate_adapters",))) == ""
     assert code(replace(adapter, rank=7)) == ""
     assert code(replace(adapter, rank=0)) == ""
 
@@ -98,7 +99,7 @@ def test_adapters_of_a_language_model_need_more_tokens_than_their_rank_times_fou
 def test_a_rehearsal_must_be_of_this_protocol_young_and_passed(
     rehearsal: dict[str, object] | None, refused: str
 ):
-    assert code(GOOD, Policy(rehearsal_days=2), rehearsal=rehearsal) == refused
+    assert code(GOOD, Demands(rehearsal_days=2), rehearsal=rehearsal) == refused
 
 
 def test_a_statistic_behind_which_no_training_stands_is_not_governed():
@@ -127,7 +128,7 @@ def test_a_plan_that_every_site_would_refuse_is_refused_before_round_1(
 def test_a_refused_answer_stays_at_its_site_and_its_code_reaches_the_report(tmp_path: Path):
     session = small.session(tmp_path, *LONG, "run.rounds=1")
     north = session.federation.sites["north"]
-    north._policy = replace(north._policy, rehearsal_days=1.0)
+    north._demands = replace(north._demands, rehearsal_days=1.0)
     reports = []
     with session.ledger:
         server.run(
