@@ -35,6 +35,7 @@ from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.setting import Setting
 from fedkola.errors import GuardMissing, Incompatible, StaleUpdate
 from fedkola.plan import Plan
+from fedkola.privacy.clip import clip
 from fedkola.training import pretraining
 from fedkola.training.pretraining import CURSOR
 from fedkola.training.whole import SECOND
@@ -319,7 +320,7 @@ class DiLoCo:
         weight = self._weight(client, data)
         residual = {n: kept[RESIDUAL + n] for n in due if RESIDUAL + n in kept}
         delta = {name: held[name] - trained[name] + residual.get(name, 0) for name in due}
-        bounded = _within(delta, self.bound)
+        bounded = clip(delta, self.bound) if self.bound else delta
         tensors, side, keep = {}, [], {n: v for n, v in kept.items() if n.startswith(RESIDUAL)}
         chance = torch.Generator().manual_seed(_own_seed(asked.seed, client.name))
         width = grids.lane(self.bits, num)
@@ -493,13 +494,6 @@ def _heavier(momentum: Weights, delta: Weights, mu: float, under: str) -> dict[s
 
 def _ahead(momentum: Weights, delta: Weights, mu: float, under: str) -> dict[str, Tensor]:
     return {name: value + mu * momentum[under + name] for name, value in delta.items()}
-
-
-def _within(delta: Mapping[str, Tensor], bound: float) -> Mapping[str, Tensor]:
-    if not bound:
-        return delta
-    norm = math.sqrt(sum(float(value.double().square().sum()) for value in delta.values()))
-    return delta if norm <= bound else {n: v * (bound / norm) for n, v in delta.items()}
 
 
 def _finest(step: Tensor) -> int:
