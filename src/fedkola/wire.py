@@ -18,7 +18,7 @@ import struct
 import types
 import typing
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from typing import Any, TypeVar, cast
 
@@ -201,6 +201,12 @@ def total(replies: Iterable[Reply], grid: Grid, cohort: Cohort) -> Aggregate:
     return Aggregate(cohort=order, words=words, grid=grid)
 
 
+def left_out(found: Aggregate, cohort: Cohort) -> dict[str, str]:
+    """Sites of the cohort that are not in its sum, with the error that engines count them under
+    where they gave none of their own."""
+    return {name: "WireError" for name in cohort if name not in found.cohort}
+
+
 def check_reply(reply: Reply, asked: Broadcast, *, most: int = 0) -> None:
     """Raises WireError unless an honest site could have answered so.
 
@@ -305,6 +311,11 @@ def single(reply: Reply, grid: Grid) -> Update:
             if name.startswith(METRIC)
         },
     )
+
+
+def singles(replies: Iterable[Reply], grid: Grid) -> Iterator[Update]:
+    """The answers one by one as they come, without refusals."""
+    return (single(reply, grid) for reply in replies if not reply.refused)
 
 
 # --- states ---------------------------------------------------------------------------------------

@@ -66,15 +66,11 @@ class Tap:
 
     def sum(self, cohort: Cohort, broadcast: Broadcast) -> Aggregate:
         found = wire.total(self.replies(cohort, broadcast), broadcast.grid, cohort)
-        for name in cohort:
-            if name not in found.cohort:
-                self._left_out.setdefault(name, "WireError")
+        self._left_out |= wire.left_out(found, cohort)
         return found
 
     def each(self, cohort: Cohort, broadcast: Broadcast) -> Iterator[Update]:
-        for reply in self.replies(cohort, broadcast):
-            if not reply.refused:
-                yield wire.single(reply, broadcast.grid)
+        return wire.singles(self.replies(cohort, broadcast), broadcast.grid)
 
     def tally(self) -> Tally:
         """Traffic and refusals of ``inner``, and sites whose answer was left out of a sum."""

@@ -55,15 +55,11 @@ class InProcess:
 
     def sum(self, cohort: Cohort, broadcast: Broadcast) -> Aggregate:
         found = wire.total(self.replies(cohort, broadcast), broadcast.grid, cohort)
-        for name in cohort:
-            if name not in found.cohort:
-                self._refused.setdefault(name, "WireError")
+        self._refused = {**wire.left_out(found, cohort), **self._refused}
         return found
 
     def each(self, cohort: Cohort, broadcast: Broadcast) -> Iterator[Update]:
-        for reply in self.replies(cohort, broadcast):
-            if not reply.refused:
-                yield wire.single(reply, broadcast.grid)
+        return wire.singles(self.replies(cohort, broadcast), broadcast.grid)
 
     def tally(self) -> Tally:
         """Traffic and refusals since the last call; the counters start again."""
