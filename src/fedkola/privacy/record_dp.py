@@ -16,12 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedkola.errors import BudgetUnreachable, DataError, GuardMissing, PrivacyError
+from fedkola.errors import BudgetUnreachable, GuardMissing, PrivacyError
 from fedkola.privacy import accounting
 from fedkola.privacy.accounting import Cost, Limit
 from fedkola.privacy.exchange import Exchange
 from fedkola.privacy.noise import Stream
-from fedkola.privacy.sampling import Sequences, choose, poisson
+from fedkola.privacy.sampling import Sequences, drawn, require_units
 from fedkola.types import Aggregate, Broadcast, Update, Weights
 
 Summed = Callable[[Weights, Sequence[Sequences], int], Mapping[str, Tensor]]
@@ -55,11 +55,7 @@ class RecordDP:
 
         Raises DataError for fewer units than declared, BudgetUnreachable for a delta too large.
         """
-        if held < max(self.units, 1):
-            raise DataError(
-                f"this site has {held} {self.unit}s, privacy.units declares {max(self.units, 1)} "
-                "at least; bring more, or lower privacy.units, which adds noise everywhere"
-            )
+        require_units(held, self.units, self.unit)
         accounting.require_delta(self.limit, held)
         return min(1.0, self.batch / (self.units or held))
 
@@ -133,18 +129,13 @@ class NoisyGradient:
         if number in self._steps:
             raise PrivacyError(f"step {number} was taken already; one noise serves one gradient")
         self._steps.append(number)
-        label = f"{self._place}/{number}"
-        key = self._exchange.key
-        taken = poisson(len(self._units), self._rate, Stream(key, f"sample/{label}"))
-        own = Stream(key, f"sequences/{label}")
-        units = []
-        for place in taken:
-            rows = self._units[place]
-            units.append([rows[i] for i in choose(len(rows), self._guard.sequences, own)])
+        key, step = self._exchange.key, f"/{self._place}/{number}"
+        units, seed = drawn(
+            self._units, rate=self._rate, most=self._guard.sequences, key=key, step=step
+        )
         self.read += [row for unit in units for row in unit]
-        seed = int(Stream(key, f"hidden/{label}").words(1)[0] >> 2)
         total = self._summed(weights, units, seed)
-        source = Stream(key, f"noise/{label}")
+        source = Stream(key, f"noise{step}")
         size = self._noise * self._guard.clip
         return {
             name: (total[name] + _normal(total[name], source) * size) / self._guard.batch

@@ -2,10 +2,33 @@
 
 from collections.abc import Sequence
 
+from fedkola.errors import DataError
 from fedkola.privacy.noise import Stream
 
 Sequences = Sequence[Sequence[int]]
 """The token ids of one unit."""
+
+
+def drawn(
+    units: Sequence[Sequences], *, rate: float, most: int, key: bytes, step: str = ""
+) -> tuple[list[Sequences], int]:
+    """A Poisson sample of units with up to ``most`` sequences of each, and a seed for what training
+    hides in it (dropout): functions of the key of the exchange and the name of the step in it."""
+    own = Stream(key, f"sequences{step}")
+    taken: list[Sequences] = []
+    for place in poisson(len(units), rate, Stream(key, f"sample{step}")):
+        rows = units[place]
+        taken.append([rows[i] for i in choose(len(rows), most, own)])
+    return taken, int(Stream(key, f"hidden{step}").words(1)[0] >> 2)
+
+
+def require_units(held: int, declared: int, unit: str) -> None:
+    """Raises DataError for fewer units at a site than its plan declares."""
+    if held < max(declared, 1):
+        raise DataError(
+            f"this site has {held} {unit}s, privacy.units declares {max(declared, 1)} at least; "
+            "bring more, or lower privacy.units, which adds noise everywhere"
+        )
 
 
 def poisson(units: int, rate: float, stream: Stream) -> list[int]:

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from fedkola.errors import (
     CohortTooSmall,
-    DataError,
     GridOverflow,
     GuardMissing,
     PrivacyError,
@@ -32,7 +31,7 @@ from fedkola.privacy import accounting, clip
 from fedkola.privacy.accounting import Cost, Limit
 from fedkola.privacy.exchange import Exchange
 from fedkola.privacy.noise import Stream, discrete_gaussian
-from fedkola.privacy.sampling import Sequences, choose, poisson
+from fedkola.privacy.sampling import Sequences, drawn, require_units
 from fedkola.types import Aggregate, Broadcast, Grid, Update, Weights
 from fedkola.wire import METRIC, WEIGHT
 
@@ -167,20 +166,11 @@ class PooledDP(SumDP):
 
         Raises DataError for fewer units than declared, PrivacyError for a second sample.
         """
-        if len(units) < self.units:
-            raise DataError(
-                f"this site has {len(units)} {self.unit}s, privacy.units declares {self.units} at "
-                "least; bring more, or lower privacy.units"
-            )
+        require_units(len(units), self.units, self.unit)
         if exchange.costs:
             raise PrivacyError("a sample was taken already; one noise serves one sum")
         exchange.costs.append(self.event())
-        own = Stream(exchange.key, "sequences")
-        taken: list[Sequences] = []
-        for place in poisson(len(units), self.rate, Stream(exchange.key, "sample")):
-            rows = units[place]
-            taken.append([rows[i] for i in choose(len(rows), self.sequences, own)])
-        return taken, int(Stream(exchange.key, "hidden").words(1)[0] >> 2)
+        return drawn(units, rate=self.rate, most=self.sequences, key=exchange.key)
 
     def client(self, update: Update, asked: Broadcast, exchange: Exchange) -> Update:
         """Raises GuardMissing for a sum that was not made of clipped gradients of a sample."""
