@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -13,6 +14,10 @@ app = typer.Typer(
     help="Run a frozen evaluation suite, or write its results as pages.", no_args_is_help=True
 )
 RESULTS = Path("benchmarks/results")
+Asked = dict[str, str | int | tuple[str, ...]]
+Seeds = Annotated[int, typer.Option(min=0, help="Seeds to run; 0 is the profile's own.")]
+Rows = Annotated[str, typer.Option(help="Rows of the table, a,b; empty is the profile's.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 
 
 @app.command(
@@ -26,38 +31,19 @@ RESULTS = Path("benchmarks/results")
 def dynamic(
     stream: Annotated[str, typer.Option(help="Stream of the suite.")] = "icd-chapters",
     profile: Annotated[str, typer.Option(help="Size: quick, standard or full.")] = "standard",
-    seeds: Annotated[int, typer.Option(min=0, help="Seeds to run; 0 is the profile's own.")] = 0,
-    rows: Annotated[str, typer.Option(help="Rows of the table, a,b; empty is the profile's.")] = "",
+    seeds: Seeds = 0,
+    rows: Rows = "",
     measured: Annotated[
         bool, typer.Option("--measured", help="Run nothing: a table of what is measured already.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder for JSON and tables.")] = RESULTS,
+    out: Out = RESULTS,
     as_json: AsJson = False,
 ) -> None:
     """Does knowledge stay current, everywhere it may be, without forgetting?"""
     from fedkola.evaluation import dynamic as suite
 
-    again = (
-        f"fedkola bench dynamic --stream {stream} --profile {profile} --seeds {seeds} "
-        + (f"--rows {shlex.quote(rows)} " if rows else "")
-        + f"--out {shlex.quote(str(out))}"
-    )
-    with resumable(None, again), drawn("dynamic") as (note, progress):
-        result = suite.run(
-            stream=stream,
-            profile=profile,
-            seeds=seeds,
-            out=out,
-            note=note,
-            progress=progress,
-            rows=tuple(row.strip() for row in rows.split(",") if row.strip()),
-            measured=measured,
-        )
-    if as_json:
-        print_json(dict(result))
-        return
-    print(suite.table(result))
-    print(f"results: {out}")
+    asked: Asked = {"stream": stream, "profile": profile, "seeds": seeds, "rows": _names(rows)}
+    _show(suite, asked | {"measured": measured}, out, as_json=as_json)
 
 
 @app.command(
@@ -69,23 +55,14 @@ def dynamic(
 )
 def bench_forget(
     profile: Annotated[str, typer.Option(help="Size: quick or standard.")] = "standard",
-    seeds: Annotated[int, typer.Option(min=0, help="Seeds to run; 0 is the profile's own.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for JSON and tables.")] = RESULTS,
+    seeds: Seeds = 0,
+    out: Out = RESULTS,
     as_json: AsJson = False,
 ) -> None:
     """Is what was removed really gone, and what does removing it cost?"""
     from fedkola.evaluation import forget as suite
 
-    again = (
-        f"fedkola bench forget --profile {profile} --seeds {seeds} --out {shlex.quote(str(out))}"
-    )
-    with resumable(None, again), drawn("forget") as (note, progress):
-        result = suite.run(profile=profile, seeds=seeds, out=out, note=note, progress=progress)
-    if as_json:
-        print_json(dict(result))
-        return
-    print(suite.table(result))
-    print(f"results: {out}")
+    _show(suite, {"profile": profile, "seeds": seeds}, out, as_json=as_json)
 
 
 @app.command(
@@ -96,33 +73,15 @@ def bench_forget(
 )
 def pretrain(
     profile: Annotated[str, typer.Option(help="Size: quick or standard.")] = "standard",
-    seeds: Annotated[int, typer.Option(min=0, help="Seeds to run; 0 is the profile's own.")] = 0,
-    rows: Annotated[str, typer.Option(help="Rows of the table, a,b; empty is the profile's.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder for JSON, tables and plots.")] = RESULTS,
+    seeds: Seeds = 0,
+    rows: Rows = "",
+    out: Out = RESULTS,
     as_json: AsJson = False,
 ) -> None:
     """How close does rare exchange come to synchronous training, and at what bytes?"""
     from fedkola.evaluation import pretrain as suite
 
-    again = (
-        f"fedkola bench pretrain --profile {profile} --seeds {seeds} "
-        + (f"--rows {shlex.quote(rows)} " if rows else "")
-        + f"--out {shlex.quote(str(out))}"
-    )
-    with resumable(None, again), drawn("pretrain") as (note, progress):
-        result = suite.run(
-            profile=profile,
-            seeds=seeds,
-            out=out,
-            note=note,
-            progress=progress,
-            chosen=tuple(row.strip() for row in rows.split(",") if row.strip()),
-        )
-    if as_json:
-        print_json(dict(result))
-        return
-    print(suite.table(result))
-    print(f"results: {out}")
+    _show(suite, {"profile": profile, "seeds": seeds, "rows": _names(rows)}, out, as_json=as_json)
 
 
 @app.command(
@@ -154,3 +113,26 @@ def report(
         print_json({"out": str(out), "files": list(written)})
         return
     print(f"{sum(name.endswith('.html') for name in written)} pages: {out / 'README.md'}")
+
+
+def _show(suite: ModuleType, asked: Asked, out: Path, *, as_json: bool) -> None:
+    """Run a suite as asked and print its table; when interrupted, the command that goes on."""
+    name = suite.__name__.rpartition(".")[2]
+    again = ["fedkola", "bench", name]
+    for key, value in {**asked, "out": str(out)}.items():
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        if text and not isinstance(value, bool):
+            again += [f"--{key}", text]
+        elif value is True:
+            again.append(f"--{key}")
+    with resumable(None, shlex.join(again)), drawn(name) as (note, progress):
+        result = suite.run(**asked, out=out, note=note, progress=progress)
+    if as_json:
+        print_json(dict(result))
+        return
+    print(suite.table(result))
+    print(f"results: {out}")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -22,27 +22,12 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cells:
-    """Finished cells in ``folder``; ``note`` says in a line what is measured next."""
+    """Finished cells in ``folder``; ``note`` says in a line what is measured next. With ``closed``
+    nothing is measured: a cell that is not kept is empty."""
 
     folder: Path
     note: Note
-
-    def kept(
-        self,
-        name: str,
-        about: Mapping[str, Any],
-        *,
-        default: Mapping[str, Any] | None = None,
-        unread: Collection[str] = (),
-    ) -> Found | None:
-        """The result kept under ``name`` if it was measured under ``about``, whatever the settings
-        ``unread`` were ("section.key")."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            return None
-        found: Found = json.loads(path.read_text())
-        then, now = (_without(one, unread) for one in (found.get("about"), _plain(about)))
-        return found if _same(then, now, _plain(default or {})) else None
+    closed: bool = False
 
     def measure(
         self,
@@ -56,12 +41,16 @@ class Cells:
         """The result kept under ``name``, else that of ``how`` in a work folder of its own.
 
         What was measured under another ``about`` is measured anew. A setting that an older version
-        did not know is no difference where it has its ``default``, nor is one that is ``unread``.
+        did not know is no difference where it has its ``default``, nor is one that is ``unread``
+        ("section.key").
         """
-        kept = self.kept(name, about, default=default, unread=unread)
-        if kept is not None:
-            return kept
         path = self.folder / f"{name}.json"
+        kept: Found = json.loads(path.read_text()) if path.exists() else {}
+        then, now = (_without(one, unread) for one in (kept.get("about"), _plain(about)))
+        if kept and _same(then, now, _plain(default or {})):
+            return kept
+        if self.closed:
+            return {}
         self.note(name)
         work = self.folder / "work" / name
         marker = work / "about.json"

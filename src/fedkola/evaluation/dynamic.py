@@ -70,9 +70,8 @@ def run(
     bench = Bench(
         setup=setup,
         size=size,
-        cells=Cells(folder=out / "cells" / name, note=note),
+        cells=Cells(folder=out / "cells" / name, note=note, closed=measured),
         progress=progress,
-        measured=measured,
     )
     rates = {row: rate for row in chosen if ROWS[row].tuned and (rate := bench.tuned(row))}
     found = [
@@ -111,7 +110,6 @@ class Bench:
     size: Size
     cells: Cells
     progress: Progress
-    measured: bool = False
 
     def tuned(self, row: str) -> float:
         """The rate with the best accuracy on development records; ties go to the smaller one.
@@ -153,11 +151,9 @@ class Bench:
             found = measure(about, ROWS[row], folder, self.progress, watched=self.size.watched)
             return found | {"row": row, "seed": seed, "rate": rate}
 
-        default, left_out = as_dict(Plan()), unread(row)
-        kept = self.cells.kept(name, as_dict(about), default=default, unread=left_out)
-        if kept is not None or self.measured:
-            return kept or {}
-        return self.cells.measure(name, as_dict(about), how, default=default, unread=left_out)
+        return self.cells.measure(
+            name, as_dict(about), how, default=as_dict(Plan()), unread=unread(row)
+        )
 
 
 def plan(

@@ -76,7 +76,7 @@ def wide(lr: float, every: int, text: str, *settings: str) -> Row:
     return Row(text=text, kind="run", lr=lr, every=every, settings=("pretrain.bits=24", *settings))
 
 
-def rows(lr: float, every: int) -> dict[str, Row]:
+def around(lr: float, every: int) -> dict[str, Row]:
     """The rows of a profile around one mean number of steps between exchanges."""
     return {
         SYNCHRONOUS: Row(text="gradients averaged at every step, AdamW", kind="each step", lr=lr),
@@ -116,7 +116,7 @@ SIZES: Mapping[str, Size] = {
         warmup=5,
         seeds=1,
         measured=8,
-        rows=rows(5e-3, 10),
+        rows=around(5e-3, 10),
     ),
     "standard": Size(
         shape=Shape(),
@@ -126,7 +126,7 @@ SIZES: Mapping[str, Size] = {
         seeds=3,
         measured=32,
         beta2=0.999,
-        rows=rows(3e-3, 26),
+        rows=around(3e-3, 26),
         only=(SYNCHRONOUS, "ours"),
         precision="bfloat16",
     ),
@@ -140,7 +140,7 @@ def run(
     out: Path = Path("benchmarks/results"),
     note: Note,
     progress: Progress,
-    chosen: Sequence[str] = (),
+    rows: Sequence[str] = (),
 ) -> Mapping[str, Any]:
     """Measure what is not measured yet, then write ``pretrain-PROFILE.json``, ``.md``, ``.svg``.
 
@@ -149,7 +149,7 @@ def run(
     if profile not in SIZES:
         raise UnknownName(f"suite pretrain has the profiles {', '.join(SIZES)}; got {profile!r}")
     size = SIZES[profile]
-    for name in chosen:
+    for name in rows:
         if name not in size.rows:
             raise UnknownName(f"suite pretrain has the rows {', '.join(size.rows)}; got {name!r}")
     name = f"pretrain-{profile}"
@@ -157,7 +157,7 @@ def run(
     found = []
     # Seed by seed, so that a suite that is cut short has every row of the first seed.
     for seed in range(1, (seeds or size.seeds) + 1):
-        for row in chosen or (size.only if seed > 1 and size.only else tuple(size.rows)):
+        for row in rows or (size.only if seed > 1 and size.only else tuple(size.rows)):
             found.append(bench.cell(row, seed))
     result = {
         "suite": "pretrain",

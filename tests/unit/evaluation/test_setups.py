@@ -109,9 +109,8 @@ def kept(folder: Path, row: str, dev: dict[float, float]) -> float:
         about = as_dict(dynamic.plan(setup, size, row, dynamic.TUNING_SEED, rate, size.tuning))
         found: Found = {"dev": {"top1": top1, "asked": 100}}
         cells.measure(f"{row}-{dynamic.TUNING_SEED}-{rate:g}", about, lambda work, f=found: f)
-    bench = dynamic.Bench(
-        setup=setup, size=size, cells=cells, progress=lambda report: None, measured=True
-    )
+    closed = replace(cells, closed=True)
+    bench = dynamic.Bench(setup=setup, size=size, cells=closed, progress=lambda report: None)
     return bench.tuned(row)
 
 
