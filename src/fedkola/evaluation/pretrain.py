@@ -14,7 +14,7 @@ from typing import Any
 from fedkola import server
 from fedkola.errors import DataError, UnknownName
 from fedkola.evaluation import cells as marks
-from fedkola.evaluation import curves, machine, metrics, plots, pretraining, tasks
+from fedkola.evaluation import curves, machine, metrics, perplexity, plots, tasks
 from fedkola.evaluation.cells import Cells, Found, Note, Progress
 from fedkola.evaluation.tasks import corpora
 from fedkola.knowledge.stream import Stream
@@ -223,7 +223,7 @@ class Bench:
         federation = server.assemble(plan, stream, work / "run", foundation=base)
 
         def observe(number: int, state: Any) -> Mapping[str, float]:
-            return pretraining.measure(federation, state, number)
+            return perplexity.measure(federation, state, number)
 
         reports: list[Report] = []
 
@@ -236,7 +236,7 @@ class Bench:
             done = [row.report for row in ledger.rounds(plan.run.name)]
         return {
             "final": {n: v for n, v in done[-1]["metrics"].items() if n != "tokens"},
-            "curve": pretraining.curves(done)["all"],
+            "curve": perplexity.curves(done)["all"],
             "clipped": max(report["metrics"]["clipped"] for report in done),
             "exceeded": sum(report["metrics"]["range_exceeded"] for report in done),
             "rounds": len(done),
@@ -293,10 +293,10 @@ class Bench:
         return {"final": final, "curve": curve, "clipped": 0.0, "exceeded": 0.0}
 
     def _figures(self, base: Foundation, stream: Stream, weights: Weights) -> dict[str, float]:
-        found = pretraining.perplexities(
+        found = perplexity.perplexities(
             base, stream, weights, length=self.size.shape.length, rows=self.size.measured
         )
-        return pretraining.figures(found)
+        return perplexity.figures(found)
 
     def _batches(self, own: Sequence[Sequence[int]], plan: Plan, name: str, times: int) -> Batches:
         seed = plan.run.seed * 1000 + sum(name.encode())

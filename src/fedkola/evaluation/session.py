@@ -19,7 +19,7 @@ from fedkola.errors import (
     UnknownCell,
     UnknownName,
 )
-from fedkola.evaluation import answers, generative, pretraining, receipts, scoring, story, tasks
+from fedkola.evaluation import answers, generative, perplexity, receipts, scoring, story, tasks
 from fedkola.evaluation.answers import Answer
 from fedkola.evaluation.receipts import Finding
 from fedkola.evaluation.report import render
@@ -93,9 +93,9 @@ def observer(session: Session) -> server.Observe:
 
     def observe(number: int, state: Any) -> Mapping[str, float]:
         window = federation.window(number)
-        if pretraining.is_whole(federation):
-            pretraining.sample(federation, state, number)
-            return pretraining.measure(federation, state, number)
+        if perplexity.is_whole(federation):
+            perplexity.sample(federation, state, number)
+            return perplexity.measure(federation, state, number)
         answered: Mapping[str, float] = {}
         if test.prompts:
             answered = generative.measure(federation, state, window)
@@ -297,7 +297,7 @@ def export_model(session: Session, to: Path) -> Path:
     """Write the model that a run has pre-trained as a folder that transformers loads; raises
     KnowledgeError if it trained none, ModelMismatch if the folder is not empty."""
     state, number = load_state(session.federation, session.ledger)
-    return pretraining.export(session.federation, state, to, number=number)
+    return perplexity.export(session.federation, state, to, number=number)
 
 
 # --- private --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from fedkola.evaluation import (
     machine,
     metrics,
     oneshot,
-    pretraining,
+    perplexity,
     scoring,
 )
 from fedkola.evaluation.answers import Answer
@@ -58,9 +58,9 @@ def document(federation: Federation, ledger: Ledger, state: Any) -> dict[str, An
         found["lineage"] = _lineage(federation, state, events)
     if receipts:
         found["receipt"] = _receipt(receipts[-1])
-    if pretraining.is_whole(federation):
-        found["curves"] = pretraining.curves([row.report for row in rounds])
-        found["samples"] = pretraining.samples(federation.folder)
+    if perplexity.is_whole(federation):
+        found["curves"] = perplexity.curves([row.report for row in rounds])
+        found["samples"] = perplexity.samples(federation.folder)
         return found | {"sites": _sites(federation, {})}
     if not rounds or federation.foundation.kind == "causal":
         return found | {"sites": _sites(federation, {})}
@@ -432,7 +432,7 @@ def _commands(
         text = "text"
     else:
         text = federation.stream.test.texts[0].replace('"', "'")
-    if pretraining.is_whole(federation):
+    if perplexity.is_whole(federation):
         return [
             {"command": f"fedkola model export {folder} --to MODEL", "what": "use the model"},
             {"command": f"fedkola run --resume {folder}", "what": "go on with the run"},

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fedkola.evaluation import curves, pretrain
-from fedkola.evaluation.pretraining import curves as learning
+from fedkola.evaluation.perplexity import curves as learning
 
 
 def cell(row: str, seed: int, perplexity: float, size: int) -> dict[str, Any]:
