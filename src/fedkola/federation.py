@@ -44,11 +44,16 @@ class Federation:
         """The window of the stream that a round belongs to; the last one for rounds after it."""
         return min(window_of(number, self.plan.run.rounds_per_window), len(self.stream.windows))
 
+    @property
+    def one_window(self) -> bool:
+        """Whether all records are there from the first of several rounds on."""
+        return len(self.stream.windows) == 1 < self.rounds
+
     def moment(self, number: int) -> str:
-        """When a round is, in words: the name of its window, if it has one."""
+        """When a round is, in words: the name of its window, if it has one of several."""
         rounds, names = self.plan.run.rounds_per_window, self.stream.windows
         window = window_of(number, rounds)
-        if not 0 < window <= len(names):
+        if self.one_window or not 0 < window <= len(names):
             return f"round {number}"
         turn = number - first_round(window, rounds) + 1
         return names[window - 1] + (f", round {turn} of {rounds}" if rounds > 1 else "")

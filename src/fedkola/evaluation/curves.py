@@ -33,10 +33,9 @@ def lines(
         ]
         if not at:
             continue
-        kind = "c1" if place == 0 else "c2"
+        kind, thin = ("c2", " thin") if place else ("c1", "")
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        thin = Markup("") if place == 0 else Markup(' style="stroke-width:1"')
-        parts.append(Markup('<polyline class="line {}"{} points="{}"/>').format(kind, thin, path))
+        parts.append(Markup('<polyline class="line {}{}" points="{}"/>').format(kind, thin, path))
         ends.append((at[-1][1], f"{name} {line[-1][1]:.4g}", kind))
     parts += _ends(ends)
     about = "; ".join(f"{name}: {line[-1][1]:.4g} at the end" for name, line in series.items())

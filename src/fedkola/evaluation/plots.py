@@ -70,8 +70,9 @@ def accuracy(windows: Sequence[Mapping[str, Any]]) -> Markup:
     return _svg("Accuracy by window, with labels known", about, base + 30, parts)
 
 
-def traffic(windows: Sequence[Mapping[str, Any]]) -> Markup:
-    """Megabytes up and down by window as paired bars; "" when no bytes are given."""
+def traffic(windows: Sequence[Mapping[str, Any]], *, turn: str = "window") -> Markup:
+    """Megabytes up and down by window, or by another ``turn``, as paired bars; "" when no bytes are
+    given."""
     up = [number(window.get("bytes_up")) for window in windows]
     down = [number(window.get("bytes_down")) for window in windows]
     peak = max((value for value in (*up, *down) if value is not None), default=0.0)
@@ -104,11 +105,11 @@ def traffic(windows: Sequence[Mapping[str, Any]]) -> Markup:
     parts.append(_text(right + 12, top + 54, "all in MB", "small muted"))
     parts += _names(xs, windows, base + 20, right - left)
     about = (
-        f"Bar plot over {len(windows)} windows."
+        f"Bar plot over {len(windows)} {turn}s."
         f" In all {megabytes(sum(v or 0 for v in up))} MB went up from the sites"
         f" and {megabytes(sum(v or 0 for v in down))} MB came down."
     )
-    return _svg("Megabytes by window", about, base + 30, parts)
+    return _svg(f"Megabytes by {turn}", about, base + 30, parts)
 
 
 def arrivals(rows: Sequence[Mapping[str, Any]]) -> Markup:

@@ -48,6 +48,8 @@ COLUMNS: tuple[tuple[str, str, Callable[[Any], str], str], ...] = (
     ("Labels known", "known", plots.count, "labels"),
     ("Top-1", "top1", plots.percent, ""),
     ("Top-5", "top5", plots.percent, ""),
+    ("Perplexity", "perplexity", lambda value: f"{value:.4g}", ""),
+    ("Epsilon, at most", "epsilon", lambda value: f"{value:.3g}", ""),
     ("MB up", "bytes_up", plots.megabytes, ""),
     ("MB down", "bytes_down", plots.megabytes, ""),
     ("Time", "seconds", plots.seconds, ""),
@@ -91,6 +93,7 @@ def _page(doc: Mapping[str, Any]) -> dict[str, Any]:
     scopes = list(doc.get("scopes") or ())
     windows = list(doc.get("windows") or ())
     names = {scope["id"]: str(scope.get("text") or scope["id"]) for scope in scopes}
+    turn = str(doc.get("turn") or "window")
     return {
         "title": doc["title"],
         "run": doc["run"],
@@ -99,6 +102,7 @@ def _page(doc: Mapping[str, Any]) -> dict[str, Any]:
         "figures": [
             {**figure, "value": _value(figure.get("value"))} for figure in doc.get("figures") or ()
         ],
+        "turn": turn,
         "noun": "chapter" if any("chapter" in str(id_) for id_ in names) else "topic",
         "timeline": _timeline(windows, names),
         "grows": _grows(windows),
@@ -107,7 +111,7 @@ def _page(doc: Mapping[str, Any]) -> dict[str, Any]:
         "comparison": _comparison(doc.get("comparison") or ()),
         "freshness": _freshness(doc, scopes, windows),
         "lineage": _lineage(doc.get("lineage") or {}),
-        "traffic": plots.traffic(windows),
+        "traffic": plots.traffic(windows, turn=turn),
         "curves": curves.lines(
             doc.get("curves") or {},
             title="Held-out perplexity over tokens trained on",
@@ -377,6 +381,7 @@ def _sites(sites: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict
         )
     return {
         "rows": rows,
+        "scopes": len({scope for site in sites for scope in site.get("scopes") or ()}) > 1,
         "agreement": bool(known),
         "records": sum(plots.number(site.get("records")) or 0 for site in sites),
         "low": [row["site"] for row in rows if row["low"]],

@@ -28,7 +28,7 @@ from fedkola.knowledge.stream import Records
 from fedkola.ledger import EventRow, Ledger, RoundRow
 from fedkola.plan import as_dict
 from fedkola.quality.corrupt import LABEL_NOISES
-from fedkola.types import Dataset
+from fedkola.types import Dataset, Visibility
 
 OUTSIDE = "quarterly revenue of the shipping company rose by four percent"
 AGREEMENT_RECORDS = 2000
@@ -47,8 +47,11 @@ def document(federation: Federation, ledger: Ledger, state: Any) -> dict[str, An
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "plan": as_dict(federation.plan),
         "machine": machine.describe(),
-        "privacy": _privacy(federation),
-        "windows": [_window(federation, row, events) for row in rounds],
+        "privacy": _privacy(federation, rounds),
+        "turn": "round" if federation.one_window else "window",
+        "windows": [
+            _window(federation, row, events, bank=isinstance(state, BankState)) for row in rounds
+        ],
         "excluded": {place: dict(reasons) for place, reasons in federation.stream.excluded.items()},
         "notices": list(federation.stream.notices),
         "parked": dict(state.parked) if isinstance(state, BankState) else {},
@@ -61,6 +64,8 @@ def document(federation: Federation, ledger: Ledger, state: Any) -> dict[str, An
     if perplexity.is_whole(federation):
         found["curves"] = perplexity.curves([row.report for row in rounds])
         found["samples"] = perplexity.samples(federation.folder)
+        if rounds:
+            found["headline"], found["figures"] = _trained(federation, rounds)
         return found | {"sites": _sites(federation, {})}
     if not rounds or federation.foundation.kind == "causal":
         return found | {"sites": _sites(federation, {})}
@@ -130,7 +135,9 @@ def _lags(federation: Federation, matrix: metrics.Matrix) -> list[float | None]:
     return [lag and lag / rounds for lag in metrics.freshness_lag(matrix)]
 
 
-def _window(federation: Federation, row: RoundRow, events: Sequence[EventRow]) -> dict[str, Any]:
+def _window(
+    federation: Federation, row: RoundRow, events: Sequence[EventRow], *, bank: bool
+) -> dict[str, Any]:
     report, number = row.report, row.number
     here = [event for event in events if event.round == number]
     sealed = [event for event in here if event.kind == "SEAL"]
@@ -160,17 +167,22 @@ def _window(federation: Federation, row: RoundRow, events: Sequence[EventRow]) -
     ]
     found: dict[str, Any] = {
         "number": number,
-        "name": federation.moment(number),
+        "name": "" if federation.one_window else federation.moment(number),
         "arrived": [scope_text(federation, scope) for scope in opened],
         "asked": len(report["cohort"]) + len(late) + len(left),
         "answered": len(report["cohort"]) - len(report["refused"]),
         "absent": {**late, **left, **report["refused"]},
-        "sealed": len(sealed),
         "bytes_up": report["bytes_up"],
         "bytes_down": report["bytes_down"],
         "seconds": report["seconds"],
         "notes": notes,
     }
+    if bank:
+        found["sealed"] = len(sealed)
+    if "perplexity" in report["metrics"]:
+        found["perplexity"] = report["metrics"]["perplexity"]
+    if report.get("spent"):
+        found["epsilon"] = report["spent"]["epsilon"]
     if "top1" in report["metrics"]:
         found |= {
             "known": len(known),
@@ -393,10 +405,38 @@ def _figures(found: Mapping[str, Any], rounds: Sequence[RoundRow]) -> list[dict[
     return figures
 
 
+def _trained(
+    federation: Federation, rounds: Sequence[RoundRow]
+) -> tuple[str, list[dict[str, str]]]:
+    """The headline and the key figures of a run that trains a whole model."""
+    last, spent = rounds[-1].report["metrics"], rounds[-1].report.get("spent")
+    tokens = sum(row.report["metrics"].get("tokens", 0.0) for row in rounds)
+    moved = sum(row.report["bytes_up"] + row.report["bytes_down"] for row in rounds)
+    headline = (
+        f"In {len(rounds)} rounds, {len(federation.sites)} sites that never shared a record have "
+        f"trained one model to a perplexity of {last['perplexity']:.4g} on text held out."
+    )
+    figures = [
+        {
+            "label": "perplexity on held-out text",
+            "value": f"{last['perplexity']:.4g}",
+            "note": f"the worst site {last['worst']:.4g}",
+        },
+        {"label": "tokens trained on", "value": f"{tokens:,.0f}", "note": "by all sites together"},
+        {"label": "sent, both ways", "value": f"{moved / 1e6:,.0f} MB", "note": "by all sites"},
+    ]
+    if spent:
+        note = f"delta {spent['delta']:g}, for one {spent['unit']}"
+        figures.append(
+            {"label": "epsilon spent at most", "value": f"{spent['epsilon']:.3g}", "note": note}
+        )
+    return headline, figures
+
+
 def _headline(federation: Federation, found: Mapping[str, Any], rounds: Sequence[RoundRow]) -> str:
-    last = rounds[-1].report["metrics"]
+    last, windows = rounds[-1].report["metrics"], federation.window(rounds[-1].number)
     text = (
-        f"After {len(rounds)} windows, {len(federation.sites)} sites that never shared a record "
+        f"After {windows} windows, {len(federation.sites)} sites that never shared a record "
         f"answer {last['top1']:.0%} of unseen questions right at the first try, "
         f"{last['top5']:.0%} within five."
     )
@@ -406,15 +446,28 @@ def _headline(federation: Federation, found: Mapping[str, Any], rounds: Sequence
     return text
 
 
-def _privacy(federation: Federation) -> str:
-    epsilon = federation.plan.privacy.epsilon
-    claim = "no formal privacy claim is made" if not isfinite(epsilon) else f"epsilon {epsilon}"
-    text = (
-        "Records never leave a site. Each site sends integer sums over its records; the "
-        "coordinator uses nothing but their sum over all sites asked. This version adds no noise "
-        f"and no masks: {claim}, and the machine that adds can see each site's sums before adding. "
-        "Sums over few records can reveal them."
-    )
+def _privacy(federation: Federation, rounds: Sequence[RoundRow]) -> str:
+    """What leaves a site, who can see it, and what is promised; paragraphs."""
+    if federation.algorithm.needs is Visibility.EACH:
+        text = (
+            "Records never leave a site. Each site sends what it has trained, and the coordinator "
+            "reads it site by site."
+        )
+    else:
+        trained, sums = "how its text moved the model", "integer sums over its records"
+        text = (
+            f"Records never leave a site. Each site sends "
+            f"{trained if perplexity.is_whole(federation) else sums}; the coordinator uses nothing "
+            "but the sum over all sites asked. "
+        )
+        text += (
+            "Secure aggregation hides what one site sent: the machine that adds reads masked words "
+            "and the sum."
+            if federation.plan.privacy.secure_sum
+            else "This run has no secure aggregation: the machine that adds can see what each site "
+            "sent before adding."
+        )
+    text += "\n\n" + _promise(federation, rounds)
     if federation.plan.knowledge.public_reference:
         text += (
             "\n\nThis run declares its data to be a public reference (public_reference = true), "
@@ -422,6 +475,26 @@ def _privacy(federation: Federation) -> str:
             "of patients."
         )
     return text
+
+
+def _promise(federation: Federation, rounds: Sequence[RoundRow]) -> str:
+    p = federation.plan.privacy
+    if not isfinite(p.epsilon):
+        return (
+            "No noise is added, and no bound is claimed against anyone: what is sent, and its sum, "
+            "can reveal what went into it, above all if that is little."
+        )
+    hidden, where = {
+        "record": (f"one {p.unit} of a site", "added at every site before anything leaves"),
+        "pooled": (f"one {p.unit} of any site", "in every sum"),
+        "site": ("all that one site has", "in every sum"),
+    }[p.level]
+    text = (
+        f"Noise is {where}: it hides {hidden} from everyone else by epsilon {p.epsilon:g} and "
+        f"delta {p.delta:g} over the whole run"
+    )
+    spent = rounds[-1].report.get("spent") if rounds else None
+    return text + (f", of which {spent['epsilon']:.3g} is spent at most." if spent else ".")
 
 
 def _commands(
