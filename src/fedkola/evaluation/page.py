@@ -82,13 +82,15 @@ class Page:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Told:
-    """A result, and whose story is told: ``own`` (FedKoLa where it ran, else the best baseline)
-    beside ``best``, the best baseline that lives on the stream ("" where there is none)."""
+    """A result, and whose story is told: ``own`` (the row that the stream is about or FedKoLa where
+    it ran, else the best baseline) beside ``best``, a control or the best baseline that lives on
+    the stream ("" where there is none). ``about`` says what that one is."""
 
     result: Mapping[str, Any]
     rows: Mapping[str, Mapping[int, Found]]
     own: str
     best: str
+    about: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,8 +176,15 @@ def tell(result: Mapping[str, Any]) -> Told:
     followed = [row for row in rows if all("R" in cell for cell in rows[row].values())]
     others = [row for row in followed if not is_own(row) and not is_bound(row)]
     best = max(others, key=lambda row: _mean(rows[row], top1), default="")
-    own = OWN if OWN in rows else next((row for row in followed if is_own(row)), best)
-    return Told(result=result, rows=rows, own=own, best=best if best != own else "")
+    ours = [row for row in followed if is_own(row)]
+    setup = SETUPS.get(result["stream"])
+    story = setup.story if setup else OWN
+    own = next((row for row in (story, OWN, *ours) if row in rows), best)
+    control, about = setup.control if setup and own == setup.story else ("", "")
+    if control in rows:
+        return Told(result=result, rows=rows, own=own, best=control, about=about)
+    best = best if best != own else ""
+    return Told(result=result, rows=rows, own=own, best=best, about="the best baseline")
 
 
 def course(cells: Mapping[int, Found]) -> Course:
@@ -217,7 +226,7 @@ def headline(told: Told) -> str:
     text = f"{shown(told.own)} ends at {plots.percent(_mean(cells, top1))} top-1"
     if told.best:
         gap = paired(cells, told.rows[told.best], top1)
-        text += f", {_distance(gap)} {shown(told.best)}, the best baseline"
+        text += f", {_distance(gap)} {shown(told.best)}, {told.about}"
     text += f", for {_mb(cells)} MB up a site and window."
     run = [t for t in told.result["targets"] if t["verdict"] != "not run"]
     if is_own(told.own) and run:
@@ -236,9 +245,11 @@ def arrivals(told: Told) -> Section | None:
     over, windows = course(cells), max(len(cell["R"]) for cell in own)
     texts, moments = _texts(told), _moments(told)
     number = len(over.concepts)
+    later = windows - len(moments) if moments else 0
     says = [
-        f"{_count(number, 'concept')} arrived over {_count(windows, 'window')}. After each window "
-        "everything was asked that could be known by then."
+        f"{_count(number, 'concept')} arrived over {_count(windows - later, 'window')}. After each "
+        "window everything was asked that could be known by then."
+        + (f" {_count(later, 'round')} followed the last one." if later else "")
     ]
     if over.since and len(set(over.since)) == 1:
         says[0] = f"{_count(number, 'concept')} {'was' if number == 1 else 'were'} there from "
@@ -731,8 +742,10 @@ def _distance(gap: Mapping[str, float] | None) -> str:
         return "level with"
     if gap["n"] == 1:
         return f"on one seed {size} {'above' if gap['mean'] > 0 else 'below'}"
-    where = side(gap, 1, strict=True)
-    interval = f"[{100 * gap['low']:.1f}, {100 * gap['high']:.1f}]".replace("-", plots.MINUS)
+    where, low, high = side(gap, 1, strict=True), gap["low"], gap["high"]
+    if where == "behind":  # how far behind
+        low, high = -high, -low
+    interval = f"[{100 * low:.1f}, {100 * high:.1f}]".replace("-", plots.MINUS)
     if where == "level":
         return f"not told apart (difference {interval} points) from"
     return f"{size} {interval} {'ahead of' if where == 'ahead' else 'behind'}"

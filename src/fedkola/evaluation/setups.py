@@ -11,6 +11,9 @@ from dataclasses import dataclass, fields
 from fedkola.plan import Knowledge
 
 MOST_RATE = 8e-3
+OWN = "fedkola"
+READ_OUT = " + tree read-out"
+"""What a row is called that reads another one's representation with our head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +49,17 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """One stream: the question it asks, the settings of all its plans, and its profiles."""
+    """One stream: the question it asks, the settings of all its plans, and its profiles.
+
+    ``story`` is the row whose story its page tells, ``control`` the row to be held against it and
+    what that one is; without it that is the best baseline.
+    """
 
     question: str
     settings: tuple[str, ...]
     sizes: Mapping[str, Size]
+    story: str = OWN
+    control: tuple[str, str] = ("", "")
 
 
 # What the server itself reads, and the seed of features and pinned factors.
@@ -174,9 +183,6 @@ ROWS: Mapping[str, Row] = {
         pooled=True,
     ),
 }
-OWN = "fedkola"
-READ_OUT = " + tree read-out"
-"""What a row is called that reads another one's representation with our head."""
 
 
 def is_own(row: str) -> bool:
@@ -264,6 +270,8 @@ SETUPS: Mapping[str, Setup] = {
     "availability": Setup(
         question="Three of ten hospitals miss each round, two join in windows 3 and 4, one is gone "
         "after window 6: what is lost eight rounds after the last window?",
+        story="fedkola-away",
+        control=(OWN, "whose sites answer in every round"),
         settings=(
             *_COMMON,
             *_SYNONYMS,

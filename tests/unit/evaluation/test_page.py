@@ -248,8 +248,26 @@ def test_a_variant_of_our_own_is_no_baseline():
     assert page.tell(given).best == "fedit"
 
 
+def test_a_stream_about_absence_tells_of_the_row_that_has_it_beside_one_that_has_not():
+    cells = [
+        cell(row, seed, top1)
+        for row, top1 in (("fedkola", 0.7), ("fedkola-away", 0.6), ("fedkola-forgets", 0.8))
+        for seed in (1, 2)
+    ]
+    given = result(cells, stream="availability")
+    assert told(given).startswith(
+        "FedKoLa away ends at 60.0% top-1, 10.0 points [10.0, 10.0] behind FedKoLa, whose sites "
+        "answer in every round, for 2.0 MB"
+    )
+    assert "FedKoLa away fell" in told(given, "lost")
+    alone = result([one for one in cells if one["row"] == "fedkola"], stream="availability")
+    assert told(alone).startswith("FedKoLa ends at 70.0% top-1, for")
+
+
 def test_rounds_after_the_last_window_have_a_number_and_no_moment():
     given = result([cell("fedkola", 1, 0.5, moments=["2026-01"])])
+    assert "over 1 window. After each" in told(given, "arrived")
+    assert "known by then. 1 round followed the last one." in told(given, "arrived")
     (table,) = page.arrivals(page.tell(given)).tables
     assert [row[0] for row in table.rows] == ["1 (2026-01)", "2"]
 
