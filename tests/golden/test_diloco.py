@@ -244,6 +244,27 @@ def test_changes_are_sent_in_a_byte_and_what_they_lose_is_carried_over(tmp_path:
     assert 0 < float((held["w"] - near.weights["w"]).abs().max()) < 0.01
 
 
+def test_half_a_byte_a_coordinate_comes_as_near_in_the_end(tmp_path: Path) -> None:
+    """The model stops moving after round 5; what sites hold goes on to come nearer."""
+
+    def still(site: str, weights: Weights) -> dict[str, Tensor]:
+        return dict(weights) if rounds > 5 else moved(site, weights)
+
+    start = {"w": torch.linspace(-3, 3, 20_001).reshape(3, 6667)}
+    method, state = plan(rounds=20, down="change4"), State(weights=start)
+    clients, down, far = joined(sites(tmp_path, still)), [0], []
+    for rounds in range(1, 21):
+        state = method.round(rounds, state, COHORT, clients)
+        down.append(clients.tally().bytes_down // 3)
+        far.append(float((state.held["w"] - state.weights["w"]).abs().max()))
+    assert not clients.tally().refused
+    # Two bytes a coordinate in the first round, half a byte in each that follows.
+    assert down[1] == pytest.approx(2 * 20_001, rel=0.1)
+    assert down[-1] == pytest.approx(20_001 / 2, rel=0.1)
+    assert max(far[1:]) > 0.01
+    assert far[-1] < 0.01
+
+
 def test_every_tensor_has_a_grid_of_its_own_both_ways(tmp_path: Path) -> None:
     """Twenty tensors of very different sizes, whose order a message does not keep."""
     sizes = {f"t{number}": 2.0 ** (number - 17) for number in range(20)}

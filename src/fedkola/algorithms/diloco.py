@@ -13,9 +13,9 @@ exchanges frequent early and rare late, when rates are low: round r ends at step
 the spirit of the quadratic synchronisation rule (Gu et al., ICLR 2024).
 
 With P fragments a round carries one of them, taking turns. ``down`` is how weights come back: in
-float32, in float16, or as the change since the last round on a grid of 8 bits, whose rounding the
-server carries over, to sites that answered that round ("change"). ``feedback`` makes sites carry
-over what rounding and clipping lost. With ``second`` "shared" AdamW's second moments follow those
+float32, in float16, or as the change since the last round on a grid of 8 or 4 bits ("change",
+"change4"; see ``changes``), to sites that answered that round. ``feedback`` makes sites carry over
+what rounding and clipping lost. With ``second`` "shared" AdamW's second moments follow those
 of all sites (see ``second_moments``). With ``optimiser`` "sgd" the inner step is plain, and one
 step a round is FedSGD. Pre-train with it; adapt a model with the other methods.
 """
@@ -29,6 +29,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from fedkola.algorithms import changes
 from fedkola.algorithms import common_grid as grids
 from fedkola.algorithms import second_moments as moments
 from fedkola.algorithms.ask import LOCAL, ask
@@ -54,7 +55,7 @@ from fedkola.types import (
 )
 from fedkola.wire import WEIGHT, metrics
 
-HISTOGRAM, EXPONENTS, CHANGE, CHANGES = "side/histogram", "side/exponents", "change/", "side/change"
+HISTOGRAM, EXPONENTS = "side/histogram", "side/exponents"
 SHARED = "side/second"
 HELD, FAST, RESIDUAL = "held/", "fast/", "residual/"
 SETTINGS = ((1.0, 0.0), (1.0, 0.5), (0.7, 0.5), (0.7, 0.9))
@@ -189,7 +190,7 @@ class DiLoCo:
             after,
             scale={**scale, **moved},
             second=self.shared(answer, len(cohort)) or state.second,
-            held=held if self.down == "change" else {},
+            held=held if self.down in changes.BITS else {},
             holders=answer.cohort,
             clipped=grids.clipped(counts),
         )
@@ -336,7 +337,7 @@ class DiLoCo:
         if self.second == "shared":
             counts = moments.counted(after, matrices, self.beta2, weight / self._unit())
             tensors[SHARED] = grids.digits(counts, num)
-        if self.fragments > 1 or self.down == "change":
+        if self.fragments > 1 or self.down in changes.BITS:
             keep |= {HELD + name: value for name, value in held.items()}
         if self.fragments > 1:
             keep |= {FAST + name: value for name, value in trained.items()}
@@ -417,22 +418,13 @@ class DiLoCo:
         names = list(state.weights)
         if everyone and self.fragments > 1:
             names = self.due(number - 1, state.weights)
-        if self.down != "change":
+        if self.down not in changes.BITS:
             narrow = torch.float16 if self.down == "float16" else torch.float32
             return {name: state.weights[name].to(narrow) for name in names}, {}
         if not everyone:
             sent = {name: state.weights[name].half() for name in names}
             return sent, {name: value.float() for name, value in sent.items()}
-        sent, held, exponents = {}, dict(state.held), []
-        for name in sorted(names):
-            step = state.weights[name] - state.held[name]
-            exponent = _finest(step)
-            whole = torch.round(step * 2.0**exponent).clamp(-127, 127)
-            sent[CHANGE + name] = whole.to(torch.int8)
-            held[name] = state.held[name] + whole * 2.0**-exponent
-            exponents.append(exponent)
-        sent[CHANGES] = torch.tensor(exponents, dtype=torch.int16)
-        return sent, held
+        return changes.sent(state.weights, state.held, names, self.down)
 
     def _received(
         self, asked: Broadcast, kept: Weights, last: int
@@ -444,8 +436,8 @@ class DiLoCo:
         follows = last == asked.round - 1
         old = {n.removeprefix(HELD): v for n, v in kept.items() if n.startswith(HELD)}
         own = {n.removeprefix(FAST): v for n, v in kept.items() if n.startswith(FAST)}
+        changed = changes.names(asked.tensors)
         given = {n: v.float() for n, v in asked.tensors.items() if not n.startswith("side/")}
-        changed = {n.removeprefix(CHANGE): v for n, v in given.items() if n.startswith(CHANGE)}
         part = bool(changed) or (self.fragments > 1 and follows and set(given) < set(old))
         if part and not (follows and old):
             raise StaleUpdate(
@@ -453,9 +445,7 @@ class DiLoCo:
                 f"round {last}; it is sent the whole in the next round"
             )
         if changed:
-            # A message keeps the names of tensors and not their order.
-            places = zip(sorted(changed), asked.tensors[CHANGES].tolist(), strict=True)
-            given = {name: old[name] + changed[name] * 2.0**-exponent for name, exponent in places}
+            given = changes.received(asked.tensors, old, self.down)
         held = {**old, **given} if part else given
         if self.fragments == 1 or not (follows and own):
             return held, dict(held)
@@ -494,12 +484,6 @@ def _heavier(momentum: Weights, delta: Weights, mu: float, under: str) -> dict[s
 
 def _ahead(momentum: Weights, delta: Weights, mu: float, under: str) -> dict[str, Tensor]:
     return {name: value + mu * momentum[under + name] for name, value in delta.items()}
-
-
-def _finest(step: Tensor) -> int:
-    """The exponent at which the largest entry of a change just fits 8 bits."""
-    largest = float(step.abs().max()) if step.numel() else 0.0
-    return min(max(math.floor(math.log2(127 / largest)), 0), 60) if largest else 0
 
 
 def _own_seed(seed: int, name: str) -> int:

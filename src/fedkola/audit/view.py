@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from fedkola import wire
-from fedkola.algorithms import rebuild
-from fedkola.algorithms.diloco import CHANGE, CHANGES, EXPONENTS, HISTOGRAM, DiLoCo
+from fedkola.algorithms import changes, rebuild
+from fedkola.algorithms.diloco import EXPONENTS, HISTOGRAM, DiLoCo
 from fedkola.audit.evidence import Sequences, Sighting, Truth
 from fedkola.audit.transcript import Frame, Recording
 from fedkola.errors import UnknownName
@@ -276,14 +276,13 @@ def _held(asked: Broadcast, old: tuple[int, Weights] | None) -> Weights:
     if asked.step != "train":
         return {}
     brought = {n: v.float() for n, v in asked.tensors.items() if not n.startswith("side/")}
-    changed = {n.removeprefix(CHANGE): v for n, v in brought.items() if n.startswith(CHANGE)}
+    changed = changes.names(asked.tensors)
     last, known = old or (0, {})
     if changed:
         if last != asked.round - 1 or not set(changed) <= set(known):
             return {}
-        places = asked.tensors[CHANGES].tolist()
-        steps = zip(changed.items(), places, strict=True)
-        return {**known, **{n: known[n] + step * 2.0**-place for (n, step), place in steps}}
+        down = str(asked.algorithm["down"])
+        return {**known, **changes.received(asked.tensors, known, down)}
     return {**known, **brought}
 
 

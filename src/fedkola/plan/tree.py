@@ -160,9 +160,9 @@ class Pretrain:
     steps are FedSGD. ``second`` says whether second moments of AdamW, which keep ``beta2`` of
     themselves a step, are each site's "own" or "shared". ``bound`` is the
     greatest norm of a delta (0: any), ``bits`` those of one of its coordinates, ``fragments`` the
-    parts that take turns. ``down`` is how weights come back: "float32", "float16" or "change".
-    ``weight`` is "equal" or "tokens", in units of ``share`` tokens. ``measured`` held-out sequences
-    of a site are scored after each round (0: all), and ``prompts`` continued.
+    parts that take turns. ``down`` is how weights come back: "float32", "float16", "change" or
+    "change4". ``weight`` is "equal" or "tokens", in units of ``share`` tokens. ``measured``
+    held-out sequences of a site are scored after each round (0: all), and ``prompts`` continued.
     """
 
     inner_steps: int = 32
