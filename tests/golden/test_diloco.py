@@ -99,6 +99,19 @@ def test_nesterov_runs_ahead_with_its_momentum(tmp_path: Path) -> None:
     assert same(second.weights, shifted(START, -0.5 * 0.75 - 0.5 * 0.875))
 
 
+def test_momentum_rises_over_the_first_rounds(tmp_path: Path) -> None:
+    """Of four rounds the first two are risen over: mu is 1/4 in round 1, and 1/2 from round 2 on."""
+    method = plan(outer="nesterov", eta=1.0, mu=0.5, ramp=0.5)
+    assert [method.risen(number) for number in range(1, 5)] == [0.25, 0.5, 0.5, 0.5]
+    clients = joined(sites(tmp_path))
+    first = method.round(1, State(weights=START), COHORT, clients)
+    # m = 0.5, step = 0.5 + 0.25 * 0.5
+    assert same(first.weights, shifted(START, -0.625))
+    second = method.round(2, first, COHORT, clients)
+    # m = 0.5 * 0.5 + 0.5, step = 0.5 + 0.5 * 0.75
+    assert same(second.weights, shifted(START, -0.625 - 0.875))
+
+
 def test_primal_averaging_keeps_fast_weights_and_hands_out_their_average(tmp_path: Path) -> None:
     method = plan(outer="primal", eta=2.0, mu=0.5)
     clients = joined(sites(tmp_path))

@@ -138,6 +138,7 @@ plans = st.builds(
         outer=st.sampled_from(["average", "nesterov", "primal", "tune"]),
         outer_lr=above_zero,
         outer_momentum=shares,
+        outer_ramp=shares,
         down=st.sampled_from(["float32", "float16", "change", "change4"]),
         feedback=st.booleans(),
         weight=st.sampled_from(["equal", "tokens"]),

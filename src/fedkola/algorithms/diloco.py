@@ -5,7 +5,8 @@ server:  D = sum_k w_k d_k / sum_k w_k,   m <- mu m + D,   theta <- theta - eta 
 client:  phi <- theta;  H times: phi <- AdamW(phi, a batch);   d_k = theta - phi + residual
 
 The sum is exact: every d_k is rounded to one public grid (see ``common_grid``) before it leaves.
-``outer`` is "average" (eta 1, mu 0), "nesterov" (eta, mu of the plan), "primal" (Defazio et al.,
+``outer`` is "average" (eta 1, mu 0), "nesterov" (eta, mu of the plan; mu rises over the share
+``ramp`` of the rounds, as early changes agree and need no momentum), "primal" (Defazio et al.,
 2025: sites start from an average theta of the fast weights z, z <- z - eta D, theta <- mu theta +
 (1 - mu) z) or "tune", which keeps a buffer for each of four settings, as all are functions of
 public sums, and in some rounds lets the sites' held-out loss choose. ``growth`` g > 1 makes
@@ -119,6 +120,7 @@ class DiLoCo:
     outer: str = field(metadata=LOCAL, default="average")
     eta: float = field(metadata=LOCAL, default=1.0)
     mu: float = field(metadata=LOCAL, default=0.0)
+    ramp: float = field(metadata=LOCAL, default=0.0)
 
     @classmethod
     def of(cls, setting: Setting) -> Self:
@@ -163,6 +165,7 @@ class DiLoCo:
             outer=p.outer,
             eta=p.outer_lr,
             mu=p.outer_momentum,
+            ramp=p.outer_ramp,
             down=p.down,
             beta2=p.beta2,
             second=p.second,
@@ -181,7 +184,7 @@ class DiLoCo:
         asked, held, scale = self.question(number, state, cohort)
         answer = clients.sum(cohort, asked)
         delta, counts = self.heard(number, scale, answer, state.weights, len(cohort))
-        after = self.stepped(state, delta)
+        after = self.stepped(number, state, delta)
         moved = {
             name: grids.following(scale[name], counts[name][: grids.BINS], self.bits)
             for name in delta
@@ -238,7 +241,7 @@ class DiLoCo:
         counts = grids.undigits(answer.words[SHARED], asked)
         return {SHARED: (counts.double() * (2.0**-moments.FRACTION / total)).float()}
 
-    def stepped(self, state: State, delta: Weights) -> State:
+    def stepped(self, number: int, state: State, delta: Weights) -> State:
         """The model after the outer step."""
         if self.outer == "average":
             return replace(state, weights=_less(state.weights, delta, 1.0))
@@ -251,8 +254,9 @@ class DiLoCo:
             }
             return replace(state, weights=weights, momentum=fast)
         if self.outer == "nesterov":
-            momentum = _heavier(state.momentum, delta, self.mu, "")
-            step = _ahead(momentum, delta, self.mu, "")
+            mu = self.risen(number)
+            momentum = _heavier(state.momentum, delta, mu, "")
+            step = _ahead(momentum, delta, mu, "")
             weights = _less(state.weights, step, self.eta)
             return replace(state, weights=weights, momentum=momentum)
         momentum = dict(state.momentum)
@@ -380,6 +384,11 @@ class DiLoCo:
             precision=self.precision,
             optimiser=self.optimiser,
         )
+
+    def risen(self, number: int) -> float:
+        """The momentum of a round: it rises in a line over the first ``ramp`` of the rounds."""
+        whole = self.ramp * self.rounds
+        return self.mu * min(1.0, number / whole) if whole else self.mu
 
     def due(self, number: int, weights: Weights) -> list[str]:
         """The names of the fragment that a round carries, in order."""

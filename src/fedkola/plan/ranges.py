@@ -71,6 +71,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "pretrain.fragments": (1, _WORD),
     "pretrain.outer_lr": (_TINY, _HUGE),
     "pretrain.outer_momentum": (0, 1),
+    "pretrain.outer_ramp": (0, 1),
     "pretrain.share": (1, _WORD),
     "pretrain.measured": (0, _WORD),
     "knowledge.features": (1, _WORD),

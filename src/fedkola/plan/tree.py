@@ -160,7 +160,8 @@ class Pretrain:
     steps are FedSGD. ``second`` says whether second moments of AdamW, which keep ``beta2`` of
     themselves a step, are each site's "own" or "shared". ``bound`` is the
     greatest norm of a delta (0: any), ``bits`` those of one of its coordinates, ``fragments`` the
-    parts that take turns. ``down`` is how weights come back: "float32", "float16", "change" or
+    parts that take turns. ``outer_momentum`` rises over the first ``outer_ramp`` of the rounds.
+    ``down`` is how weights come back: "float32", "float16", "change" or
     "change4". ``weight`` is "equal" or "tokens", in units of ``share`` tokens. ``measured``
     held-out sequences of a site are scored after each round (0: all), and ``prompts`` continued.
     """
@@ -182,6 +183,7 @@ class Pretrain:
     outer: str = "average"
     outer_lr: float = 0.7
     outer_momentum: float = 0.5
+    outer_ramp: float = 0.0
     down: str = "float32"
     feedback: bool = False
     weight: str = "equal"
