@@ -12,6 +12,7 @@ PYTHON   ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3
               && { echo "$$p"; break; }; done)
 PIP      := $(BIN)/python -m pip --disable-pip-version-check
 PROFILE  ?= standard
+SUITE    ?= dynamic
 # Warnings of the dependency resolver about pages of an index are of no use to a reader.
 QUIET    ?= --quiet
 # Test files spread over two processes: each loads torch once and takes one thread.
@@ -26,7 +27,7 @@ help:
 	@echo "make demo    twelve hospitals keep a coding model current: offline, a few minutes"
 	@echo "make test    all tests but the slow ones; SLOW=1 adds them"
 	@echo "make check   format, lint, types, import direction, docs"
-	@echo "make bench   the frozen suites; PROFILE=quick for a small one"
+	@echo "make bench   a frozen suite: SUITE=dynamic, forget, pretrain or audit; PROFILE=quick is small"
 	@echo "make docs    writes docs/reference from the code, docs/results from benchmarks/results"
 
 install: $(STAMP)
@@ -46,7 +47,7 @@ check: $(STAMP)
 	$(BIN)/python -m pytest tests/docs
 
 bench: $(STAMP)
-	$(BIN)/fedkola bench dynamic --profile $(PROFILE) $(ARGS)
+	$(BIN)/fedkola bench $(SUITE) --profile $(PROFILE) $(ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py

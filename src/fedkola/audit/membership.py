@@ -44,11 +44,12 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Membership:
-    """At most ``members`` of every update and ``outsiders`` in all are scored; ``epochs`` over
-    ``few`` members make the control. ``game`` without canaries leaves (c) out."""
+    """At most ``members`` of each of ``updates`` and ``outsiders`` in all are scored; ``epochs``
+    over ``few`` members make the control. ``game`` without canaries leaves (c) out."""
 
     name: ClassVar[str] = "membership"
     targets: ClassVar[tuple[str, ...]] = ("single", "sum", "model")
+    updates: int = 20
     members: int = 256
     outsiders: int = 1000
     epochs: int = 10
@@ -56,12 +57,14 @@ class Membership:
     game: Game = field(default_factory=Game)
 
     def quick(self) -> "Membership":
-        return replace(self, members=64, outsiders=200, few=32)
+        return replace(self, updates=3, members=64, outsiders=200, few=32)
 
     def run(self, seen: Sequence[Sighting], known: Known, truth: Truth) -> Evidence:
         """Raises DataError where no sighting has records behind it, or nobody is an outsider."""
         began = time.perf_counter()
         cases = [s for s in seen if truth.get((s.round, s.who))]
+        # Spread over the run.
+        cases = cases[:: -(-len(cases) // self.updates)] if cases else []
         if not cases:
             raise DataError(
                 f"of {len(seen)} sightings none has records behind it; membership needs the truth"

@@ -86,6 +86,44 @@ def pretrain(
 
 @app.command(
     epilog=examples(
+        "fedkola bench audit --profile quick",
+        "fedkola bench audit --seeds 1",
+    )
+)
+def audit(
+    profile: Annotated[str, typer.Option(help="Size: quick or standard.")] = "standard",
+    seeds: Annotated[int, typer.Option(min=0, help="Seeds to run; 0 is the profile's own.")] = 0,
+    rows: Annotated[str, typer.Option(help="Rows of the table, a,b; empty is all.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for JSON and tables.")] = RESULTS,
+    as_json: AsJson = False,
+) -> None:
+    """What could each observer reconstruct, and what does each defence take away?"""
+    from fedkola.evaluation import leakage as suite
+    from fedkola.evaluation.leakage_table import table
+
+    again = (
+        f"fedkola bench audit --profile {profile} --seeds {seeds} "
+        + (f"--rows {shlex.quote(rows)} " if rows else "")
+        + f"--out {shlex.quote(str(out))}"
+    )
+    with resumable(None, again), drawn("audit") as (note, progress):
+        result = suite.run(
+            profile=profile,
+            seeds=seeds,
+            out=out,
+            note=note,
+            progress=progress,
+            chosen=tuple(row.strip() for row in rows.split(",") if row.strip()),
+        )
+    if as_json:
+        print_json(dict(result))
+        return
+    print(table(result))
+    print(f"results: {out}")
+
+
+@app.command(
+    epilog=examples(
         "fedkola bench report",
         "fedkola bench report --profile quick --out pages",
     )

@@ -59,12 +59,14 @@ def audit(
     attacks: Sequence[str] = (),
     texts: Sequence[str] = (),
     public: bool = False,
+    updates: int = 0,
     note: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Attack the recorded transcript of a run and write ``audit.json`` and ``audit.html``.
 
     ``observers`` none is the server, one site and the holder of the model; ``attacks`` none is all
-    of them; ``texts`` are public text of the attacker's own, by default the records kept for tests.
+    of them; ``texts`` are public text of the attacker's own, by default the records kept for tests;
+    ``updates`` 0 attacks as many of each kind as the profile says.
     True text is shown only where ``public`` or the plan says that the records are. Raises
     TranscriptMissing, ChainBroken, UnknownName.
     """
@@ -108,7 +110,7 @@ def audit(
             known,
             truth,
             chosen,
-            most=size.updates,
+            most=updates or size.updates,
             until=began + size.seconds,
             note=lambda text, one=one: note(f"{one}: {text}"),  # type: ignore[misc]
         )
