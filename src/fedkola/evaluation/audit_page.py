@@ -46,6 +46,8 @@ MEASURES = {
     "presence_auc": "telling used words from others (AUC)",
     "matched_auc": "the same among equally common words",
     "auc": "telling members from others (AUC)",
+    "tpr_at_1_fpr": "members found at 1 % false alarms",
+    "violations": "rules broken",
 }
 GATES = {
     "gate_span": "too little text behind an answer, or too few or non-adaptive steps",

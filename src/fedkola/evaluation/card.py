@@ -305,7 +305,9 @@ def sentence(flag: Flag, names: Sequence[str], *, quotes: bool = True) -> str:
             return f"{e['records']} records say this; {like} is the newest."
         case "CONTRADICTS_TWIN":
             other = f" and says {e['says']!r:.80}" if quotes else " and says something else"
-            more = f", as do {e['against'] - 1} others" if e["against"] > 1 else ""
+            more = {1: "", 2: ", as does another"}.get(
+                e["against"], f", as do {e['against'] - 1} others"
+            )
             return f"{like} has the same text{other}{more}."
         case "NEAR_DUPLICATE":
             return f"{e['alike']:.0%} of its text is that of {like}."
