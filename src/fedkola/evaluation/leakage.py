@@ -13,7 +13,7 @@ standard one on MedQuAD, six NIH sources as sites, from a folder that you have.
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -23,7 +23,7 @@ import torch
 
 from fedkola import server
 from fedkola.errors import PolicyRefused, UnknownName
-from fedkola.evaluation import auditing, machine, pretrain, pretraining, tasks
+from fedkola.evaluation import auditing, machine, perplexity, pretrain, tasks
 from fedkola.evaluation import cells as marks
 from fedkola.evaluation import session as sessions
 from fedkola.evaluation.cells import Cells, Found, Note, Progress
@@ -60,7 +60,8 @@ class Size:
     """A profile: data, model, how sites train in rows of one step and in rows of many.
 
     ``records`` are the most of a site (0: all), ``warm`` steps of training on public text come
-    before any run, ``updates`` are attacked of each kind.
+    before any run, ``updates`` are attacked of each kind;
+    ``extra`` settings come last.
     """
 
     data: str
@@ -76,6 +77,7 @@ class Size:
     lr: float
     canaries: int
     updates: int
+    few: int
     texts: int
     profile: str
     extra: tuple[str, ...] = field(default=())
@@ -90,12 +92,13 @@ SIZES: Mapping[str, Size] = {
         seeds=1,
         short=16,
         once=6,
-        rounds=6,
+        rounds=16,
         inner_steps=12,
-        batch=32,
+        batch=8,
         lr=3e-3,
         canaries=4,
         updates=24,
+        few=4,
         texts=400,
         profile="quick",
     ),
@@ -107,12 +110,13 @@ SIZES: Mapping[str, Size] = {
         seeds=3,
         short=16,
         once=10,
-        rounds=10,
-        inner_steps=20,
-        batch=64,
+        rounds=24,
+        inner_steps=16,
+        batch=16,
         lr=3e-3,
         canaries=8,
         updates=60,
+        few=12,
         texts=1000,
         profile="standard",
     ),
@@ -175,11 +179,13 @@ class Bench:
 
     def cell(self, row: str, seed: int) -> Found:
         """One row under one seed, run, recorded and attacked once."""
-        plan = self.plan(row, seed)
+        plan, size = self.plan(row, seed), self.size
         about = {
             "plan": {k: v for k, v in as_dict(plan).items() if k != "model"},
-            "size": [self.size.warm, self.size.records, self.size.updates, self.size.texts],
-            "profile": self.size.profile,
+            "size": [*astuple(size.shape), size.warm, size.records, size.texts],
+            "updates": [size.updates, size.few],
+            "profile": size.profile,
+            "attacks": list(self.attacks),
         }
         name = row.replace(" + ", "-").replace(" ", "-")
         how = partial(self._measured, row, plan)
@@ -209,7 +215,6 @@ class Bench:
             "pretrain.bits=24",
             f"pretrain.lr={size.lr}",
             "pretrain.warmup=4",
-            *size.extra,
         ]
         settings += OPEN[:1] if row == GATE else OPEN if once else ()
         if once:
@@ -229,7 +234,7 @@ class Bench:
             ]
         if row == DP:
             settings += [f"privacy.epsilon={EPSILON}", f"privacy.delta={DELTA}"]
-        return override(Plan(), settings)
+        return override(Plan(), [*settings, *size.extra])
 
     def _measured(self, row: str, plan: Plan, work: Path) -> Found:
         torch.set_num_threads(1)
@@ -252,7 +257,7 @@ class Bench:
                 profile=self.size.profile,
                 attacks=self.attacks,
                 texts=stream.test.texts[: self.size.texts],
-                updates=self.size.updates,
+                updates=self.size.updates if row in (OFF, MASKED) else self.size.few,
                 note=self.cells.note,
             )
         ends = [_figure(base, stream, w, plan) for w in (whole.parameters(base), state.weights)]
@@ -330,8 +335,8 @@ def world(plan: Plan, size: Size) -> World:
 def _figure(base: Foundation, stream: Stream, weights: Weights, plan: Plan) -> float:
     """Held-out perplexity."""
     length = plan.pretrain.length
-    found = pretraining.perplexities(base, stream, weights, length=length, rows=200)
-    return pretraining.figures(found)["perplexity"]
+    found = perplexity.perplexities(base, stream, weights, length=length, rows=200)
+    return perplexity.figures(found)["perplexity"]
 
 
 def _refused(plan: Plan) -> str:
