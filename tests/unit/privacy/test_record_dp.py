@@ -59,6 +59,8 @@ def ones(weights: Weights, units: Sequence[Any], seed: int) -> Mapping[str, Tens
 
 
 def test_a_step_is_the_clipped_sum_with_noise_over_the_expected_count(tmp_path):
+    # Under a key of its own the test meets or misses its thresholds for good.
+    (tmp_path / "q1.key").write_bytes(bytes(range(32)))
     noisy = answering(tmp_path).gradient(UNITS, 3, ones)
     found = [noisy({}, None, step)["w"].numpy() for step in range(3)]
     sigma = guard().noise(len(UNITS)) * 0.5 / 40
