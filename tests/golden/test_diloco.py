@@ -100,7 +100,7 @@ def test_nesterov_runs_ahead_with_its_momentum(tmp_path: Path) -> None:
 
 
 def test_momentum_rises_over_the_first_rounds(tmp_path: Path) -> None:
-    """Of four rounds the first two are risen over: mu is 1/4 in round 1, and 1/2 from round 2 on."""
+    """Of four rounds the first two are risen over: mu is 1/4 in round 1, then 1/2."""
     method = plan(outer="nesterov", eta=1.0, mu=0.5, ramp=0.5)
     assert [method.risen(number) for number in range(1, 5)] == [0.25, 0.5, 0.5, 0.5]
     clients = joined(sites(tmp_path))
