@@ -14,8 +14,9 @@ from typing import Any
 from fedkola import server
 from fedkola.errors import DataError, UnknownName
 from fedkola.evaluation import cells as marks
-from fedkola.evaluation import curves, machine, metrics, perplexity, plots, tasks
+from fedkola.evaluation import machine, metrics, perplexity, plots, tasks
 from fedkola.evaluation.cells import Cells, Found, Note, Progress
+from fedkola.evaluation.plots import curves
 from fedkola.evaluation.tasks import corpora
 from fedkola.knowledge.stream import Stream
 from fedkola.ledger import Ledger

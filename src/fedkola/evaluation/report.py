@@ -18,7 +18,8 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from fedkola.evaluation import curves, plots
+from fedkola.evaluation import plots
+from fedkola.evaluation.plots import curves
 
 CLASSES = {
     "E0": "subtracted from the sum; equal bit for bit",

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from fedkola.evaluation import curves, pretrain
+from fedkola.evaluation import pretrain
 from fedkola.evaluation.perplexity import curves as learning
+from fedkola.evaluation.plots import curves
 
 
 def cell(row: str, seed: int, perplexity: float, size: int) -> dict[str, Any]:

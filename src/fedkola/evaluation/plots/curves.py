@@ -1,4 +1,4 @@
-"""Learning curves and the frontier of pre-training, as inline SVG in the manner of ``plots``.
+"""Learning curves and the frontier of pre-training, as inline SVG.
 
 Both axes of a curve may be logarithmic. Many series are told apart by the names at their ends: the
 first one is drawn strong, the others thin.
@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
-WIDTH = 760.0
+from fedkola.evaluation.plots import draw
+from fedkola.evaluation.plots.draw import WIDTH
+
 LEFT, RIGHT, TOP, HEIGHT = 58.0, WIDTH - 150, 26.0, 280.0
 BASE = TOP + HEIGHT
 Points = Sequence[tuple[float, float]]
@@ -39,7 +41,7 @@ def lines(
         ends.append((at[-1][1], f"{name} {line[-1][1]:.4g}", kind))
     parts += _ends(ends)
     about = "; ".join(f"{name}: {line[-1][1]:.4g} at the end" for name, line in series.items())
-    return _svg(title, about, parts)
+    return draw.svg(title, about, BASE + 46, parts)
 
 
 def marks(
@@ -59,24 +61,24 @@ def marks(
     parts = _frame(spread_x, spread_y, across=across, up=up, log_x=True)
     if bound:
         x, y = _x(bound[0], spread_x, log=True), _y(bound[1], spread_y)
-        parts += [_line(x, y, x, BASE, "bound"), _line(LEFT, y, x, y, "bound")]
-        parts.append(_text(LEFT + 6, y - 6, "target", "small muted"))
+        parts += [draw.line(x, y, x, BASE, "bound"), draw.line(LEFT, y, x, y, "bound")]
+        parts.append(draw.text(LEFT + 6, y - 6, "target", "small muted"))
     taken: list[float] = []
     for name, cost, value, low, high, kind in sorted(rows, key=lambda row: row[2]):
         x, y = _x(cost, spread_x, log=True), _y(value, spread_y)
         tone = "c1" if kind == "own" else "c2"
         if high > low:
-            parts.append(_line(x, _y(low, spread_y), x, _y(high, spread_y), f"error {tone}"))
-        parts.append(_disc(x, y, tone) if kind == "own" else _diamond(x, y, tone))
+            parts.append(draw.line(x, _y(low, spread_y), x, _y(high, spread_y), f"error {tone}"))
+        parts.append(draw.disc(x, y, tone) if kind == "own" else draw.diamond(x, y, tone))
         base = y + 4
         while any(abs(base - other) < 12 for other in taken):
             base -= 12
         taken.append(base)
         if abs(base - 4 - y) > 10:
-            parts.append(_line(x, y, x + 8, base - 4, "lead-line"))
-        parts.append(_text(x + 10, base, name, "name strong t1" if kind == "own" else "name"))
+            parts.append(draw.line(x, y, x + 8, base - 4, "lead-line"))
+        parts.append(draw.text(x + 10, base, name, "name strong t1" if kind == "own" else "name"))
     about = "; ".join(f"{row[0]}: {row[2]:.4g} at {row[1]:.3g}" for row in rows)
-    return _svg(title, about, parts)
+    return draw.svg(title, about, BASE + 46, parts)
 
 
 # --- private --------------------------------------------------------------------------------------
@@ -107,20 +109,20 @@ def _frame(
     up: str,
     log_x: bool,
 ) -> list[Markup]:
-    parts = [_text(4, TOP - 12, up, "tick"), _text(RIGHT, BASE + 38, across, "tick end")]
+    parts = [draw.text(4, TOP - 12, up, "tick"), draw.text(RIGHT, BASE + 38, across, "tick end")]
     for value in _nice(*spread_y, log=True):
         y = _y(value, spread_y)
         parts += [
-            _line(LEFT, y, RIGHT, y, "grid"),
-            _text(LEFT - 6, y + 4, _short(value), "tick end"),
+            draw.line(LEFT, y, RIGHT, y, "grid"),
+            draw.text(LEFT - 6, y + 4, _short(value), "tick end"),
         ]
     for value in _nice(*spread_x, log=log_x):
         x = _x(value, spread_x, log=log_x)
         parts += [
-            _line(x, BASE, x, BASE + 5, "axis"),
-            _text(x, BASE + 19, _short(value), "tick mid"),
+            draw.line(x, BASE, x, BASE + 5, "axis"),
+            draw.text(x, BASE + 19, _short(value), "tick mid"),
         ]
-    return [*parts, _line(LEFT, BASE, RIGHT, BASE, "axis")]
+    return [*parts, draw.line(LEFT, BASE, RIGHT, BASE, "axis")]
 
 
 def _nice(low: float, high: float, *, log: bool) -> list[float]:
@@ -149,30 +151,5 @@ def _ends(ends: Sequence[tuple[float, str, str]]) -> list[Markup]:
     for y, name, kind in sorted(ends):
         last = max(y, last + 13)
         tone = "value strong t1" if kind == "c1" else "value"
-        parts.append(_text(RIGHT + 6, last + 4, name, tone))
+        parts.append(draw.text(RIGHT + 6, last + 4, name, tone))
     return parts
-
-
-def _svg(title: str, about: str, parts: Sequence[Markup]) -> Markup:
-    return Markup(
-        '<svg class="plot" role="img" aria-label="{}. {}" viewBox="0 0 {:.0f} {:.0f}">'
-        "<title>{}</title><desc>{}</desc>{}</svg>"
-    ).format(title, about, WIDTH, BASE + 46, title, about, Markup("").join(parts))
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
-    text = Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>')
-    return text.format(kind, x1, y1, x2, y2)
-
-
-def _text(x: float, y: float, text: str, kind: str) -> Markup:
-    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(kind, x, y, text)
-
-
-def _disc(x: float, y: float, kind: str) -> Markup:
-    return Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(kind, x, y)
-
-
-def _diamond(x: float, y: float, kind: str) -> Markup:
-    path = f"M{x:.1f} {y - 6:.1f}L{x + 6:.1f} {y:.1f}L{x:.1f} {y + 6:.1f}L{x - 6:.1f} {y:.1f}Z"
-    return Markup('<path class="dot {}" d="{}"/>').format(kind, path)
