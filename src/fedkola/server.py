@@ -20,6 +20,7 @@ from fedkola import removal, wire
 from fedkola.algorithms import ALGORITHMS
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
+from fedkola.algorithms.quality_scan import QualityScan
 from fedkola.algorithms.robust_lora import RobustLoRA
 from fedkola.algorithms.setting import Setting
 from fedkola.audit import transcript as transcripts
@@ -74,6 +75,27 @@ Observe = Callable[[int, Any], Mapping[str, float]]
 Progress = Callable[[Report], None]
 
 
+def _scans(plan: Plan) -> None:
+    """Refuse a scan of records that nobody runs, or that would spend an epsilon unseen."""
+    if plan.quality.mode == "off":
+        return
+    if not issubclass(ALGORITHMS[plan.algorithm.name], FedKoLa | QualityScan):
+        raise Incompatible(
+            f"quality.mode = {plan.quality.mode!r} is read by fedkola and quality_scan, not by "
+            f'{plan.algorithm.name}; set quality.mode = "off" or another algorithm.name'
+        )
+    if plan.quality.absorb and not issubclass(ALGORITHMS[plan.algorithm.name], QualityScan):
+        raise Incompatible(
+            "quality.absorb is read by quality_scan alone: cells hold records under their labels; "
+            "leave it out"
+        )
+    if plan.privacy.epsilon != inf:
+        raise Incompatible(
+            f"every exchange of a scan is a query and privacy.epsilon = {plan.privacy.epsilon:g} "
+            'covers none of them; set quality.mode = "off" or privacy.epsilon = inf'
+        )
+
+
 def check(plan: Plan) -> None:
     """Refuse before round 1 what could not hold: unknown names, protections this version lacks."""
     _known("algorithm.name", plan.algorithm.name, ALGORITHMS)
@@ -85,8 +107,7 @@ def check(plan: Plan) -> None:
             "scenario.liars needs to see the sums of single sites and privacy.secure_sum hides "
             "them; leave one of them out"
         )
-    if plan.quality.mode != "off":
-        raise Incompatible(f"quality.mode = {plan.quality.mode!r}: this version only has 'off'")
+    _scans(plan)
     if plan.knowledge.membership != "padded":
         raise Incompatible(
             f"knowledge.membership = {plan.knowledge.membership!r}: this version only has 'padded'"

@@ -23,6 +23,7 @@ from fedkola.algorithms.local import Local
 from fedkola.algorithms.lorm import LoRM
 from fedkola.algorithms.o_lora import OLoRA
 from fedkola.algorithms.oracle import Oracle
+from fedkola.algorithms.quality_scan import QualityScan
 from fedkola.algorithms.replay import Replay
 from fedkola.algorithms.robust_lora import RobustLoRA
 from fedkola.algorithms.rolora import RoLoRA
@@ -55,6 +56,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
     "oracle": Oracle,
     "diloco": DiLoCo,
     "ddgauss": DDGauss,
+    "quality_scan": QualityScan,
 }
 
 

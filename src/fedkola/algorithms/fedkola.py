@@ -35,6 +35,7 @@ from torch import Tensor
 from fedkola import wire
 from fedkola.algorithms import forgetting, modules, questions
 from fedkola.algorithms.ask import LOCAL, ask, spec
+from fedkola.algorithms.quality_scan import QualityScan
 from fedkola.algorithms.questions import Loss
 from fedkola.algorithms.setting import Setting
 from fedkola.algorithms.setting import rule as planned_rule
@@ -61,6 +62,7 @@ from fedkola.knowledge.compact import Policy
 from fedkola.knowledge.openings import Opening
 from fedkola.knowledge.terms import Recipe, Terms, addend_bytes, floor
 from fedkola.knowledge.views import Rule, View
+from fedkola.quality import kept
 from fedkola.types import (
     Aggregate,
     Broadcast,
@@ -116,6 +118,7 @@ class FedKoLa:
     tau_g: float = field(metadata=LOCAL, default=1.0)
     top_k: int = field(metadata=LOCAL, default=3)
     factors: Weights = field(metadata=LOCAL, default_factory=dict)
+    scan: QualityScan | None = field(metadata=LOCAL, default=None)
 
     @classmethod
     def of(cls, setting: Setting) -> Self:
@@ -163,6 +166,7 @@ class FedKoLa:
             access=setting.plan.scenario.access,
             tau_g=k.tau_g,
             top_k=k.top_k,
+            scan=QualityScan.of(setting) if setting.plan.quality.mode != "off" else None,
         )
 
     # --- server half ------------------------------------------------------------------------------
@@ -184,7 +188,9 @@ class FedKoLa:
         self, number: int, state: State, cohort: Cohort, clients: Clients
     ) -> tuple[State, Cohort]:
         """The state after a vote and its fills, its bank within bounds; and the sites that answered
-        all of them."""
+        all of them. Where the plan scans records, that comes first; sites vote with the rest."""
+        if self.scan is not None:
+            self.scan.round(number, self.scan.start({}), cohort, clients)
         after, survivors = self._vote_and_fill(number, state, cohort, clients)
         while survivors != cohort:
             cohort = survivors
@@ -582,7 +588,9 @@ class FedKoLa:
         and old versions that are summed, by place."""
         forgetting.start_over(client, asked)
         newest = client.knowledge.until(asked.round)
-        data = journal.pending(client.store, newest, round=asked.round)
+        data = kept.learnable(
+            client.store, journal.pending(client.store, newest, round=asked.round)
+        )
         old = journal.superseded(client.store, newest, before=asked.round)
         journal.mark(client.store, old, round=asked.round)
         places = questions.named(asked, client.catalogue, "sealed")
@@ -622,6 +630,7 @@ class FedKoLa:
         ((_, scope),) = questions.named(asked, client.catalogue)
         codes = questions.codes(asked, client.catalogue)
         data = journal.pending(client.store, client.knowledge.until(asked.round), round=asked.round)
+        data = kept.learnable(client.store, data)
         found = windows.findings(client.store, asked.round).get(scope)
         asked_for = windows.CONFLICT if bool(asked.tensors["against"]) else windows.HIT
         wanted = set(codes) if not found or found.decision == asked_for else set()

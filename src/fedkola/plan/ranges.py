@@ -107,6 +107,13 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "privacy.units": (0, _WORD),
     "privacy.sequences": (1, _WORD),
     "privacy.absent": (0, _WORD),
+    "quality.alpha": (_TINY, 0.5),
+    "quality.act_above": (0, 1),
+    "quality.trusted_min": (20, _WORD),
+    "quality.regions": (1, 65536),
+    "quality.kappa": (_TINY, _HUGE),
+    "quality.refits": (1, 20),
+    "quality.min_peers": (1, _WORD),
     "robust.tau": (0, inf),
     "robust.assume_liars": (0, 1),
     "engine.order": (0, _WORD),
@@ -130,6 +137,7 @@ _DOWN = ("float32", "float16", "change", "change4")
 _MOMENTS = ("own", "shared")
 _WEIGHTS = ("equal", "tokens")
 _PRECISIONS = ("float32", "bfloat16")
+_QUALITY = ("off", "report", "filter", "down_weight")
 _RELIABILITY = ("off", "warn", "regroup")
 _PERIODS = ("year", "quarter")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -180,6 +188,7 @@ def check(plan: "Plan") -> None:
         ("pretrain.down", plan.pretrain.down, _DOWN),
         ("pretrain.weight", plan.pretrain.weight, _WEIGHTS),
         ("pretrain.precision", plan.pretrain.precision, _PRECISIONS),
+        ("quality.mode", plan.quality.mode, _QUALITY),
         ("robust.reliability", plan.robust.reliability, _RELIABILITY),
         ("privacy.level", plan.privacy.level, _LEVELS),
         ("privacy.unit", plan.privacy.unit, _UNITS),

@@ -257,7 +257,24 @@ class Privacy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
+    """What is done about imperfect records (see ``algorithms.quality_scan``).
+
+    ``mode`` is "off", "report", "filter" or "down_weight"; the last two act only where at least
+    ``act_above`` of the records are shown to be wrong by ``trusted_min`` records that people have
+    checked. ``alpha`` is the share of correct records that may be flagged. ``absorb`` lets a record
+    count for what it is believed to say. ``names`` reads what the catalogue says of labels. Counts
+    of other sites below ``min_peers`` are not told."""
+
     mode: str = "off"
+    absorb: bool = False
+    alpha: float = 0.05
+    act_above: float = 0.05
+    trusted_min: int = 100
+    regions: int = 512
+    kappa: float = 20.0
+    refits: int = 5
+    names: bool = False
+    min_peers: int = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

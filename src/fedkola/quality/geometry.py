@@ -24,7 +24,6 @@ NEAREST = 8
 KAPPA = 20.0
 SMOOTHING = 128
 CHUNK = 4096
-"""Records scored at once: what is held is (CHUNK, labels) numbers."""
 
 
 def directions(z: Tensor, centre: Tensor) -> Tensor:
@@ -55,49 +54,47 @@ def assign(z: Tensor, codebook: Tensor, *, kappa: float = KAPPA) -> tuple[Tensor
     return torch.cat(parts), torch.cat(regions)
 
 
-def counts(
-    gamma: Tensor, regions: Tensor, rows: Tensor, weights: Tensor, *, num_labels: int, size: int
-) -> Tensor:
-    """The addend of one site: N (num_labels, size) int64 of its records.
+def counts(gamma: Tensor, regions: Tensor, targets: Tensor, *, size: int) -> Tensor:
+    """The addend of one site: N (C, size) int64 of its records.
 
-    ``rows`` (n,) are positions of labels, ``weights`` (n,) whole numbers.
+    ``targets`` (n, C) int64 is how much of each label a record counts for: a one-hot row of 0 and 1
+    while labels are taken as they are given.
     """
-    flat = torch.zeros(num_labels * size, dtype=torch.int64)
-    place = rows[:, None] * size + regions
-    flat.index_add_(0, place.flatten(), (gamma * weights[:, None]).flatten())
-    return flat.view(num_labels, size)
+    total = torch.zeros(size, targets.shape[1], dtype=torch.int64)
+    for k in range(regions.shape[1]):
+        total.index_add_(0, regions[:, k], gamma[:, k : k + 1] * targets)
+    return total.T.contiguous()
 
 
 def agreement(
-    total: Tensor, gamma: Tensor, regions: Tensor, rows: Tensor, weights: Tensor
+    total: Tensor, gamma: Tensor, regions: Tensor, rows: Tensor, targets: Tensor
 ) -> Tensor:
-    """a_i (n,) float64 in [0, 1] of records under the summed ``total`` (C, R).
+    """a_i (n,) float64 in [0, 1] of records with labels ``rows`` under the summed ``total`` (C, R).
 
-    ``weights`` are those with which each record entered the sum, 0 for one that did not.
+    ``targets`` are those with which each record entered the sum, zeros for one that did not.
     """
-    found = []
-    for part in torch.split(torch.arange(len(rows)), CHUNK):
-        q = label_map(total, gamma[part], regions[part], rows[part], weights[part])
-        own = q.gather(1, rows[part, None])[:, 0]
-        found.append(own / q.max(dim=1).values)
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.float64)
+    q = label_map(total, gamma, regions, targets)
+    return q.gather(1, rows[:, None])[:, 0] / q.max(dim=1).values
 
 
 def label_map(
-    total: Tensor, gamma: Tensor, regions: Tensor, rows: Tensor, weights: Tensor
+    total: Tensor, gamma: Tensor, regions: Tensor, targets: Tensor, *, unit: int = 1
 ) -> Tensor:
-    """q (n, C) float64: what the regions around each record say without it; rows sum to 1."""
+    """q (n, C) float64: what the regions around each record say without it; rows sum to 1.
+
+    ``unit`` is what the targets of one record sum to.
+    """
     num_labels = total.shape[0]
     by_region = total.T.to(torch.float64)
-    all_labels = total.sum(0).to(torch.float64)
-    q = torch.zeros(len(rows), num_labels, dtype=torch.float64)
-    here = torch.arange(len(rows))
+    all_labels = by_region.sum(1)
+    own = targets.to(torch.float64)
+    smoothing = SMOOTHING * unit
+    q = torch.zeros(len(gamma), num_labels, dtype=torch.float64)
     for k in range(regions.shape[1]):
-        share = gamma[:, k].to(torch.float64)
-        own = share * weights
-        seen = by_region[regions[:, k]] + SMOOTHING / num_labels
-        seen[here, rows] -= own
-        q += share[:, None] * seen / (all_labels[regions[:, k]] - own + SMOOTHING)[:, None]
+        share = gamma[:, k : k + 1].to(torch.float64)
+        seen = by_region[regions[:, k]] - share * own + smoothing / num_labels
+        rest = all_labels[regions[:, k]][:, None] - share * own.sum(1, keepdim=True)
+        q += share * seen / (rest + smoothing)
     return q / PARTS
 
 

@@ -15,7 +15,7 @@ def _scene(seed: int, n: int = 60, labels: int = 4, regions: int = 10):  # type:
     book = torch.nn.functional.normalize(torch.randn(regions, 16, generator=generator), dim=1)
     rows = torch.randint(labels, (n,), generator=generator)
     weights = torch.randint(2, (n,), generator=generator)
-    return z, book, rows, weights
+    return z, book, rows, weights[:, None] * torch.nn.functional.one_hot(rows, labels)
 
 
 def test_shares_are_whole_and_sum_to_256():
@@ -31,36 +31,36 @@ def test_shares_are_whole_and_sum_to_256():
 @given(seed=st.integers(0, 10_000), row=st.integers(0, 59))
 def test_a_record_never_supports_itself(seed: int, row: int):
     """Its score under all records is the one under all others, where it has no weight."""
-    z, book, rows, weights = _scene(seed)
+    z, book, rows, targets = _scene(seed)
     gamma, regions = geometry.assign(z, book)
-    size = {"num_labels": 4, "size": len(book)}
-    total = geometry.counts(gamma, regions, rows, weights, **size)
-    weights_without = weights.clone()
-    weights_without[row] = 0
-    others = geometry.counts(gamma, regions, rows, weights_without, **size)
+    size = {"size": len(book)}
+    total = geometry.counts(gamma, regions, targets, **size)
+    without = targets.clone()
+    without[row] = 0
+    others = geometry.counts(gamma, regions, without, **size)
     one = slice(row, row + 1)
     args = gamma[one], regions[one], rows[one]
-    inside = geometry.agreement(total, *args, weights[one])
-    outside = geometry.agreement(others, *args, torch.zeros(1, dtype=torch.int64))
+    inside = geometry.agreement(total, *args, targets[one])
+    outside = geometry.agreement(others, *args, torch.zeros(1, 4, dtype=torch.int64))
     assert torch.equal(inside, outside)
 
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), cut=st.integers(1, 59))
 def test_sums_and_scores_do_not_depend_on_order_or_on_who_holds_a_record(seed: int, cut: int):
-    z, book, rows, weights = _scene(seed)
+    z, book, rows, targets = _scene(seed)
     gamma, regions = geometry.assign(z, book)
-    size = {"num_labels": 4, "size": len(book)}
-    total = geometry.counts(gamma, regions, rows, weights, **size)
+    size = {"size": len(book)}
+    total = geometry.counts(gamma, regions, targets, **size)
     parts = [slice(0, cut), slice(cut, 60)]
     sites = []
     for part in parts:
         g, r = geometry.assign(z[part], book)
-        sites.append(geometry.counts(g, r, rows[part], weights[part], **size))
+        sites.append(geometry.counts(g, r, targets[part], **size))
     assert torch.equal(total, sites[0] + sites[1])
     order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
-    scores = geometry.agreement(total, gamma, regions, rows, weights)
-    mixed = geometry.agreement(total, gamma[order], regions[order], rows[order], weights[order])
+    scores = geometry.agreement(total, gamma, regions, rows, targets)
+    mixed = geometry.agreement(total, gamma[order], regions[order], rows[order], targets[order])
     assert torch.equal(scores[order], mixed)
 
 
@@ -68,10 +68,10 @@ def test_a_record_among_others_of_another_label_scores_low():
     book = torch.eye(4)
     z = torch.eye(4)[torch.tensor([0] * 20 + [1] * 20)]
     rows = torch.tensor([0] * 20 + [1] * 19 + [0])
-    weights = torch.ones(40, dtype=torch.int64)
+    targets = torch.nn.functional.one_hot(rows)
     gamma, regions = geometry.assign(z, book, kappa=100.0)
-    total = geometry.counts(gamma, regions, rows, weights, num_labels=2, size=4)
-    a = geometry.agreement(total, gamma, regions, rows, weights)
+    total = geometry.counts(gamma, regions, targets, size=4)
+    a = geometry.agreement(total, gamma, regions, rows, targets)
     assert a[:39].tolist() == [1.0] * 39
     assert a[39] < 0.05
 
