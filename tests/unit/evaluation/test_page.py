@@ -11,7 +11,10 @@ import pytest
 
 from fedkola.errors import DataError
 from fedkola.evaluation import dynamic, metrics, page, plots
-from fedkola.evaluation.page import Page
+from fedkola.evaluation.page import sections, written
+from fedkola.evaluation.page.course import course, tell
+from fedkola.evaluation.page.parts import Page
+from fedkola.evaluation.setups import SETUPS
 
 R = [[0.8, None], [0.7, 0.6]]
 MACHINE = {"cores": 2, "processor": "x86_64", "torch": "2", "python": "3.11", "load": 1.5}
@@ -245,7 +248,7 @@ def test_the_price_is_told_beside_the_best_baseline_and_cheaper_equals_are_named
 
 def test_a_variant_of_our_own_is_no_baseline():
     given = result([cell("fedkola", 1, 0.5), cell("adapted-wide", 1, 0.6), cell("fedit", 1, 0.4)])
-    assert page.tell(given).best == "fedit"
+    assert tell(given).best == "fedit"
 
 
 def test_a_stream_about_absence_tells_of_the_row_that_has_it_beside_one_that_has_not():
@@ -268,17 +271,17 @@ def test_rounds_after_the_last_window_have_a_number_and_no_moment():
     given = result([cell("fedkola", 1, 0.5, moments=["2026-01"])])
     assert "over 1 window. After each" in told(given, "arrived")
     assert "known by then. 1 round followed the last one." in told(given, "arrived")
-    (table,) = page.arrivals(page.tell(given)).tables
+    (table,) = sections.arrivals(tell(given)).tables
     assert [row[0] for row in table.rows] == ["1 (2026-01)", "2"]
 
 
 def test_the_command_repeats_exactly_what_was_measured():
-    size = page.SETUPS["clinc150"].sizes["standard"]
+    size = SETUPS["clinc150"].sizes["standard"]
     whole = result([cell(row, s, 0.5) for row in size.rows for s in range(1, size.seeds + 1)])
-    assert page.again(page.tell(whole)).code == (
+    assert sections.again(tell(whole)).code == (
         "fedkola bench dynamic --stream clinc150 --profile standard"
     )
-    fewer = page.again(page.tell({**pair(*WIN), "stream": "icd-small"})).code
+    fewer = sections.again(tell({**pair(*WIN), "stream": "icd-small"})).code
     assert fewer.endswith("--stream icd-small --profile standard --rows fedkola,fedit --seeds 3")
 
 
@@ -294,7 +297,7 @@ def test_a_result_without_our_row_tells_of_the_best_one_and_one_without_any_says
 def test_a_course_is_the_mean_over_the_seeds_that_asked_in_order_of_arrival():
     one = cell("fedkola", 1, 0.7, r=[[None, 0.4], [0.7, 0.6]])
     two = cell("fedkola", 2, 0.7, r=[[None, 0.6], [0.9, None]])
-    over = page.course({1: one, 2: two})
+    over = course({1: one, 2: two})
     assert over.concepts == ("codes/lung", "codes/heart")
     assert over.since == (1, 2)
     assert over.matrix == ((0.5, None), (0.6, 0.8))
@@ -344,12 +347,12 @@ def test_results_of_earlier_versions_are_named_and_others_refused(tmp_path: Path
 def test_the_html_is_one_file_without_script_and_shows_text_as_text():
     given = pair(*WIN, texts={"codes/heart": "<script>x</script>|*a*"})
     explained: Page = page.explain(given)
-    text = page.html(explained)
+    text = written.html(explained)
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|src=|@import|url\(", text)
     assert "prefers-color-scheme: dark" in text
-    assert r"\<script\>x\</script\>\|\*a\*" in page.markdown(explained)
+    assert r"\<script\>x\</script\>\|\*a\*" in written.markdown(explained)
     assert text.count("<h1") == 1
     assert text.count("<section") == text.count("</section>") == len(explained.sections)
 
