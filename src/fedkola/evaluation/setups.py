@@ -134,10 +134,6 @@ ROWS: Mapping[str, Row] = {
         settings=(*_ADAPTED, "knowledge.features=12288"),
         about="the bank on a base that the sites adapt together, 12,288 features",
     ),
-    "adapted-lean": Row(
-        settings=(*_ADAPTED, "knowledge.features=4928"),
-        about="the bank on a base that the sites adapt together, 4,928 features",
-    ),
     "adapted-narrow": Row(
         settings=(*_ADAPTED, "knowledge.features=2048", "algorithm.epochs=6"),
         about="the bank on a base adapted in six passes, 2,048 features",
@@ -234,7 +230,8 @@ SETUPS: Mapping[str, Setup] = {
                 settings=(
                     "task.sites=12",
                     "task.windows=8",
-                    "knowledge.features=5696",
+                    "knowledge.features=5840",
+                    'knowledge.lanes=["analytic"]',
                     "knowledge.scatter_share=0.3",
                 ),
                 rows=(
@@ -243,7 +240,6 @@ SETUPS: Mapping[str, Setup] = {
                     "fedkola",
                     "fedkola-wide",
                     "adapted",
-                    "adapted-lean",
                     "adapted-wide",
                     "joint",
                 ),

@@ -9,8 +9,6 @@ from fedkola.evaluation.setups import is_bound, is_own
 Verdicts = list[dict[str, str]]
 COSTLY = ("fedkola-wide", "adapted", "adapted-wide")
 """Rows that may send what they like."""
-LEAN = "adapted-lean"
-"""The row on an adapted base that may send what the row on the frozen one may."""
 
 
 def judge(stream: str, cells: Sequence[Found]) -> Verdicts:
@@ -26,12 +24,10 @@ Rows = Mapping[str, Mapping[int, Found]]
 
 def _chapters(rows: Rows) -> Verdicts:
     own = rows.get("fedkola", {})
-    cheap = ("fedkola", *(row for row in (LEAN,) if row in rows))
-    found = []
-    for row in cheap:
-        name = "285-way top-1 at <= 35 MB a site and window"
-        found.append(_mean(rows, row, name, top1, ">=", 0.735))
-        found.append(_mean(rows, row, "MB up a site and window", _megabytes, "<=", 35.0))
+    found = [
+        _mean(rows, "fedkola", "285-way top-1 at <= 35 MB a site and window", top1, ">=", 0.735),
+        _mean(rows, "fedkola", "MB up a site and window", _megabytes, "<=", 35.0),
+    ]
     costly = [row for row in COSTLY if row in rows] or [COSTLY[-1]]
     found += [_mean(rows, row, "285-way top-1 at any cost", top1, ">=", 0.76) for row in costly]
     if own:
@@ -46,7 +42,7 @@ def _chapters(rows: Rows) -> Verdicts:
         for seed, cell in rows.get("joint", {}).items()
         if "readout" in cell
     }
-    for row in (*cheap, *costly):
+    for row in ("fedkola", *costly):
         gaps = [
             top1(cell) - joint[seed] for seed, cell in rows.get(row, {}).items() if seed in joint
         ]
