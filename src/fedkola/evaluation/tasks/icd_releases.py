@@ -97,21 +97,25 @@ def load(task: Task, *, seed: int) -> Stream:
     Raises PlanError for values outside these, DataError where a wheel is absent or another one.
     """
     _check(task)
+    return build(lists(task), task, seed=seed)
+
+
+def lists(task: Task) -> list[tuple[Catalogue, tuple[Code, ...]]]:
+    """The tabular lists of RELEASES, out of wheels in the task's folder; DataError as above."""
     where = corpora.folder(task, NAME)
-    lists = [_release(where / release.wheel, release.sha256) for release in RELEASES]
-    return build(lists, task, seed=seed)
+    return [_release(where / release.wheel, release.sha256) for release in RELEASES]
 
 
-def build(lists: Sequence[tuple[Catalogue, Sequence[Code]]], task: Task, *, seed: int) -> Stream:
+def build(parsed: Sequence[tuple[Catalogue, Sequence[Code]]], task: Task, *, seed: int) -> Stream:
     """The stream of these parsed lists, one for each of RELEASES."""
-    releases = [{code.code: code for code in codes} for _, codes in lists]
+    releases = [{code.code: code for code in codes} for _, codes in parsed]
     by_code = task.level == "code"
     newest = _newest(releases)
     if by_code:
         changed = touched(releases)
         newest = {name: code for name, code in newest.items() if code.category in changed}
     level = icd10cm.LEVELS.index("category" if by_code else task.level or "block")
-    above = _categories(lists)
+    above = _categories(parsed)
     node = {name: above[code.category].path[level] for name, code in newest.items()}
     asked = _asked(releases, newest, by_code=by_code)
     kept, kept_asked = cap(
@@ -131,7 +135,7 @@ def build(lists: Sequence[tuple[Catalogue, Sequence[Code]]], task: Task, *, seed
         for code in codes
         for row in _revisions(site, code.code, releases, share=share, by_code=by_code)
     ]
-    catalogue = _catalogue(lists, releases, newest, share=share, by_code=by_code)
+    catalogue = _catalogue(parsed, releases, newest, share=share, by_code=by_code)
     test, ends, stale, concepts = _test(
         [asked[i] for i in kept_asked], asked, releases, train, share=share
     )
