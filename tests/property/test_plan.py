@@ -157,6 +157,7 @@ plans = st.builds(
         tau_g=above_zero,
         public_reference=st.booleans(),
         scatter_share=st.floats(0, 1e9),
+        scatter_every=st.integers(0, 1000),
         adapt_share=st.floats(0, 1e9),
         adapt_rank=st.integers(1, 4096),
         adapt_energy=st.floats(0, 1),

@@ -94,12 +94,14 @@ def check(federation: Federation, state: State) -> None:
 @given(
     steps=st.lists(st.tuples(cohorts, st.none() | removals), min_size=2, max_size=5),
     share=st.sampled_from([0.0, 0.5, 1.0]),
+    every=st.sampled_from([0, 2]),
 )
 @settings(max_examples=12, deadline=None)
-def test_after_any_rounds_and_removals_every_sum_is_over_exactly_what_is_left(steps, share):
+def test_after_any_rounds_and_removals_every_sum_is_over_exactly_what_is_left(steps, share, every):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        settings = (*FAST, f"knowledge.scatter_share={share}")
+        schedule = (f"knowledge.scatter_share={share}", f"knowledge.scatter_every={every}")
+        settings = (*FAST, *schedule)
         federation = small.assemble(Path(folder), *settings, sites=data())
         state, gone = federation.algorithm.start({}), set()
         for number, (present, request) in enumerate(steps, start=1):

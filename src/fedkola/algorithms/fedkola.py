@@ -106,6 +106,7 @@ class FedKoLa:
     label_floor: int = field(metadata=LOCAL, default=16)
     public_reference: bool = field(metadata=LOCAL, default=False)
     scatter_share: float = field(metadata=LOCAL, default=0.0)
+    scatter_every: int = field(metadata=LOCAL, default=0)
     slots_max: int = field(metadata=LOCAL, default=48)
     lora_floor: int = field(metadata=LOCAL, default=0)
     rule: Rule = field(metadata=LOCAL, default_factory=Rule)
@@ -155,6 +156,7 @@ class FedKoLa:
             label_floor=k.label_floor,
             public_reference=k.public_reference,
             scatter_share=k.scatter_share,
+            scatter_every=k.scatter_every,
             slots_max=k.slots_max,
             lora_floor=k.lora_floor,
             rule=planned_rule(setting.plan),
@@ -725,6 +727,7 @@ class FedKoLa:
             label_floor=self.label_floor,
             public_reference=self.public_reference,
             scatter_share=self.scatter_share,
+            scatter_every=self.scatter_every,
             lora_floor=self.lora_floor,
             model=self.model,
             factors=self.factors,

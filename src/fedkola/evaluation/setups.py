@@ -127,11 +127,11 @@ ROWS: Mapping[str, Row] = {
     ),
     "fedkola": Row(settings=("algorithm.name=fedkola",), about="the bank, analytic lane"),
     "adapted": Row(
-        settings=_ADAPTED,
+        settings=(*_ADAPTED, "knowledge.scatter_every=0"),
         about="the bank on a base that the sites adapt together",
     ),
     "adapted-wide": Row(
-        settings=(*_ADAPTED, "knowledge.features=12288"),
+        settings=(*_ADAPTED, "knowledge.features=12288", "knowledge.scatter_every=0"),
         about="the bank on a base that the sites adapt together, 12,288 features",
     ),
     "adapted-narrow": Row(
@@ -233,6 +233,7 @@ SETUPS: Mapping[str, Setup] = {
                     "knowledge.features=5840",
                     'knowledge.lanes=["analytic"]',
                     "knowledge.scatter_share=0.3",
+                    "knowledge.scatter_every=2",
                 ),
                 rows=(
                     "local",

@@ -102,15 +102,20 @@ def pooled(terms: Terms, number: int, bank: Bank, cohort: Cohort) -> KnowledgeCe
     It covers every analytic cell without a Gram whose whole cohort is asked, so that the sums of
     both are over the same records. It is due at the records floor (waived for public data) and at
     ``scatter_share`` times the records covered so far: at 0 every round has one, at 1 they come at
-    growing intervals, and views use the Gram there is in the meantime.
+    growing intervals, and views use the Gram there is in the meantime. ``scatter_every`` n above 0
+    replaces the share: the first round that can, and every n-th one.
     """
     waiting = [
         cell.about for cell in banks.uncovered(bank) if set(cell.about.cohort) <= set(cohort)
     ]
     records = sum(about.records for about in waiting)
     scatters = banks.of_kind(bank, CellKind.SCATTER)
-    due = terms.scatter_share * sum(cell.about.records for cell in scatters)
-    if not waiting or records < max(due, floor(terms, CellKind.SCATTER)):
+    if terms.scatter_every:
+        due = not scatters or number % terms.scatter_every == 0
+    else:
+        covered = sum(cell.about.records for cell in scatters)
+        due = records >= terms.scatter_share * covered
+    if not waiting or not due or records < floor(terms, CellKind.SCATTER):
         return None
     recipe = shared(terms.recipe, CellKind.SCATTER)
     return KnowledgeCell(

@@ -59,6 +59,7 @@ class Terms:
     label_floor: int
     public_reference: bool
     scatter_share: float
+    scatter_every: int
     lora_floor: int
     model: str = ""
     factors: Weights = field(default_factory=dict)

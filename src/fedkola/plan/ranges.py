@@ -86,6 +86,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "knowledge.k_min": (1, _WORD),
     "knowledge.label_floor": (0, _WORD),
     "knowledge.scatter_share": (0, _HUGE),
+    "knowledge.scatter_every": (0, 1000),
     "knowledge.spread": (_TINY, _HUGE),
     "knowledge.adapt_share": (0, _HUGE),
     "knowledge.adapt_rank": (1, _WORD),

@@ -198,7 +198,8 @@ class Knowledge:
     """The bank of cells. ``half_life`` is in windows (None never ages); ``lora_records`` 0 trains
     on all records, ``lora_steps`` 0 passes once over them; cells of fewer than ``lora_floor``
     records have no LoRA lane. A Gram is summed when ``scatter_share`` times the records that have
-    one wait for theirs: 0 is every round, 1 is rounds 1, 2, 4, 8 of equal windows."""
+    one wait for theirs: 0 is every round, 1 is rounds 1, 2, 4, 8 of equal windows. With
+    ``scatter_every`` above 0 it is summed in every such round instead, and in the first."""
 
     features: int = 4096
     bits: int = 4
@@ -217,6 +218,7 @@ class Knowledge:
     label_floor: int = 16
     public_reference: bool = False
     scatter_share: float = 0.0
+    scatter_every: int = 0
     adapt_share: float = 1.0
     adapt_rank: int = 32
     adapt_energy: float = 1.0

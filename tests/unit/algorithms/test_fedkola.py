@@ -284,15 +284,24 @@ def test_a_cell_that_is_revoked_leaves_the_gram_and_waits_for_the_next_one(
 
 
 @pytest.mark.parametrize(
-    ("share", "public", "rounds"),
-    [(0.0, True, [1, 2, 3]), (1.5, True, [1, 2]), (9.0, True, [1]), (0.0, False, [2, 3])],
+    ("share", "every", "public", "rounds"),
+    [
+        (0.0, 0, True, [1, 2, 3]),
+        (1.5, 0, True, [1, 2]),
+        (9.0, 0, True, [1]),
+        (0.0, 0, False, [2, 3]),
+        (9.0, 2, True, [1, 2]),
+        (9.0, 3, True, [1, 3]),
+        (0.0, 9, True, [1]),
+        (9.0, 3, False, [2, 3]),
+    ],
 )
-def test_a_gram_is_summed_when_enough_records_wait_for_one(
-    tmp_path: Path, share: float, public: bool, rounds: list[int]
+def test_a_gram_is_summed_when_enough_records_wait_for_one_or_it_is_time(
+    tmp_path: Path, share: float, every: int, public: bool, rounds: list[int]
 ):
     # 25, 50 and 75 records arrive; 16 features make the private floor 64.
     settings = ["knowledge.features=16", 'knowledge.lanes=["analytic"]', "knowledge.label_floor=1"]
-    settings += [f"knowledge.scatter_share={share}"]
+    settings += [f"knowledge.scatter_share={share}", f"knowledge.scatter_every={every}"]
     settings += [f"knowledge.public_reference={str(public).lower()}"]
     state = small.run(small.assemble(tmp_path, *settings))
     found = [cell.about for cell in banks.of_kind(state.bank, CellKind.SCATTER)]

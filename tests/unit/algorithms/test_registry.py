@@ -30,6 +30,7 @@ def test_what_the_server_keeps_to_itself_is_never_broadcast():
         "label_floor",
         "public_reference",
         "scatter_share",
+        "scatter_every",
         "slots_max",
         "lora_floor",
         "rule",

@@ -32,6 +32,7 @@ OTHER = Knowledge(
     label_floor=3,
     public_reference=False,
     scatter_share=1.0,
+    scatter_every=3,
     adapt_share=0.5,
     adapt_rank=3,
     adapt_energy=0.5,
