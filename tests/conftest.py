@@ -4,6 +4,11 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# How fast a machine is says nothing of the code: no test fails for being slow.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 # Read by transformers and huggingface_hub when they are first imported: models come from folders.
 os.environ["HF_HUB_OFFLINE"] = "1"
