@@ -164,6 +164,7 @@ def exchange(
         "batch": target.batch,
         "lr": target.lr,
         "optimiser": target.optimiser,
+        "weight_decay": 0.0,
     }
     if defence.epsilon:
         limit = Limit(unit="record", epsilon=defence.epsilon, delta=DELTA)

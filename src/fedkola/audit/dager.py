@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedkola.audit import lasts, layers, trial
+from fedkola.audit import lasts, layers, shadow, trial
 from fedkola.audit.evidence import Evidence, Known, Sequences, Sighting, Truth
 from fedkola.audit.layers import Projection
 from fedkola.audit.scoring import overlap
@@ -75,7 +75,7 @@ class Dager:
             seen,
             known,
             truth,
-            lambda sighting: self.recover(known.foundation, sighting),
+            lambda sighting: self.recover(known.foundation, shadow.undecayed(sighting)),
             began=began,
             control=trial.Floor(
                 metric="exact" if known.foundation.kind == "causal" else "place_recall",

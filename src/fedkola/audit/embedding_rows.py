@@ -25,6 +25,7 @@ from fedkola.training.model import Foundation
 
 _DECADE = math.log(10)
 _TINY = 1e-7
+_GAP = 0.06
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,12 +118,25 @@ def prominence(change: Tensor) -> Tensor:
 
 
 def standing_out(change: Tensor, outlier: float) -> Tensor:
-    """Which rows (V, d) stand out of the direction that all rows share."""
+    """Which rows (V, d) stand out of the direction that all rows share.
+
+    Rows that were used lie above a gap in the order of all rows, wherever a trained model leaves
+    the others far apart; without a gap those count that are outliers.
+    """
     level = prominence(change)
+    order = level.argsort(descending=True)
+    half = max(1, len(order) // 2)
+    gaps = -level[order].diff()[:half]
+    # A gap below many rows is rarer by chance than one between the first few.
+    place = int((gaps * torch.arange(1, len(gaps) + 1).sqrt()).argmax()) if len(gaps) else 0
+    if len(gaps) and float(gaps[place]) > _GAP:
+        found = torch.zeros(len(level), dtype=torch.bool)
+        found[order[: place + 1]] = True
+        return found
     middle = level.median()
     spread = 1.4826 * (level - middle).abs().median().clamp_min(0.02)
-    found: Tensor = level > middle + outlier * spread
-    return found
+    out: Tensor = level > middle + outlier * spread
+    return out
 
 
 def placed(rows: Tensor, tokens: Tensor, places: Tensor) -> tuple[int, ...]:

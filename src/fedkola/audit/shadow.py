@@ -96,6 +96,21 @@ def still(before: Weights, change: Weights) -> list[str]:
     return [name for name in before if name not in change or not bool(change[name].any())]
 
 
+def undecayed(seen: Sighting) -> Sighting:
+    """The sighting without weight decay, which shrinks matrices by a share that the protocol tells:
+    1 less the product of (1 - rate x decay) over its steps. As it is where that is not told."""
+    spec = seen.protocol
+    if any(not number(spec.get(name)) for name in ("inner_steps", "batch", "lr")):
+        return seen
+    steps, local = _course(spec, max(seen.round, 1))
+    kept = math.prod(1 - local.rate(local.start + s) * local.weight_decay for s in range(steps))
+    change = {
+        name: value + (1 - kept) * seen.before[name] if value.dim() > 1 else value
+        for name, value in seen.change.items()
+    }
+    return replace(seen, change=change)
+
+
 def own_text(known: Known, protocol: Spec) -> list[list[int]]:
     """The attacker's texts as sequences, packed to the protocol's ``length`` where it has one.
 

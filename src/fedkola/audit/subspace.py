@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedkola.audit import lasts, layers, trial
+from fedkola.audit import lasts, layers, shadow, trial
 from fedkola.audit.dager import read_spans
 from fedkola.audit.evidence import Evidence, Known, Sighting, Truth
 from fedkola.audit.layers import Projection
@@ -57,7 +57,7 @@ class Subspace:
             seen,
             known,
             truth,
-            lambda sighting: self.recover(known.foundation, sighting, known.seed),
+            lambda sighting: self.recover(known.foundation, shadow.undecayed(sighting), known.seed),
             began=began,
             control=trial.Floor(
                 metric="place_recall", floor=self.floor, updates=self.controls, share=0.25

@@ -60,8 +60,8 @@ class Size:
     """A profile: data, model, how sites train in rows of one step and in rows of many.
 
     ``records`` are the most of a site (0: all), ``warm`` steps of training on public text come
-    before any run, ``updates`` are attacked of each kind;
-    ``extra`` settings come last.
+    before any run. Of each kind ``updates`` are attacked in rows of one step, ``few`` in rows of
+    many. ``extra`` settings come last.
     """
 
     data: str

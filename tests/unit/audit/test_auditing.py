@@ -10,7 +10,8 @@ import torch
 
 from fedkola import server
 from fedkola.audit import transcript, view
-from fedkola.audit.evidence import Control, Evidence, Measure
+from fedkola.audit.dager import Dager
+from fedkola.audit.evidence import Control, Evidence, Known, Measure
 from fedkola.audit.verdict import Defences, concern, verdict, verdicts
 from fedkola.errors import PolicyRefused
 from fedkola.evaluation import auditing
@@ -94,6 +95,16 @@ def test_one_plain_step_sends_the_gradient_and_the_gate_knows_it(tmp_path: Path)
         assert float((value + step).abs().max()) < 2e-7, name
     with pytest.raises(PolicyRefused, match="an optimiser that is not adaptive"):
         ran(tmp_path / "gated", *ONE_STEP, "site.waive=[]")
+
+
+def test_decay_that_the_protocol_tells_hides_nothing(tmp_path: Path):
+    session = ran(tmp_path, *ONE_STEP, "pretrain.weight_decay=0.1")
+    found = seen(session, "server")
+    sighted = [one for one in view.sightings(found) if one.who == "north"]
+    truth = view.truth({"north": session.federation.sites["north"].store}, sighted, ["north"])
+    known = Known(foundation=session.federation.foundation, texts=())
+    evidence = Dager().quick().run(sighted, known, truth)
+    assert evidence.measures["exact"].value == 1.0
 
 
 @pytest.mark.slow
