@@ -65,14 +65,21 @@ def figures(found: Mapping[str, tuple[float, float]]) -> dict[str, float]:
 
 def measure(federation: Federation, state: State, number: int) -> dict[str, float]:
     """The metrics of a round: perplexity, tokens trained on in it, and what the grid cut off."""
-    algorithm = federation.algorithm
     found = figures(_perplexities(federation, state, federation.plan.pretrain.measured))
-    if isinstance(algorithm, DiLoCo):
-        course = algorithm.course(number)
-        found["tokens"] = float(course.steps * course.batch * course.length * len(state.holders))
-        found["clipped"] = max(state.clipped.values(), default=0.0)
-        found["range_exceeded"] = float(state.exceeded)
-    return found
+    return {**found, **trained(federation, state, number)}
+
+
+def trained(federation: Federation, state: State, number: int) -> dict[str, float]:
+    """Of a round's metrics those that need no held-out text."""
+    algorithm = federation.algorithm
+    if not isinstance(algorithm, DiLoCo):
+        return {}
+    course = algorithm.course(number)
+    return {
+        "tokens": float(course.steps * course.batch * course.length * len(state.holders)),
+        "clipped": max(state.clipped.values(), default=0.0),
+        "range_exceeded": float(state.exceeded),
+    }
 
 
 def sample(federation: Federation, state: State, number: int) -> None:

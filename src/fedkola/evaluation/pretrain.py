@@ -30,6 +30,14 @@ from fedkola.types import Report, Weights
 SYNCHRONOUS, GOAL, FEWER = "synchronous", 1.02, 100.0
 PUBLIC = "wikitext2_valid.txt.gz"
 SHARED = "pretrain.second=shared"
+RISING = (
+    SHARED,
+    "pretrain.outer=nesterov",
+    "pretrain.outer_lr=1",
+    "pretrain.outer_momentum=0.8",
+    "pretrain.outer_ramp=0.3",
+)
+SCORED = 12  # rounds of a run that held-out text is scored after
 Batches = list[list[Sequence[int]]]
 
 
@@ -67,7 +75,7 @@ class Size:
 
 
 def few(lr: float, every: int, text: str, *settings: str) -> Row:
-    """A row of the algorithm with a byte for a coordinate each way."""
+    """A row of the algorithm with a byte for a coordinate each way, unless ``settings`` differ."""
     narrow = ("pretrain.bits=5", "pretrain.feedback=true", "pretrain.down=change", *settings)
     return Row(text=text, kind="run", lr=lr, every=every, settings=narrow)
 
@@ -77,57 +85,54 @@ def wide(lr: float, every: int, text: str, *settings: str) -> Row:
     return Row(text=text, kind="run", lr=lr, every=every, settings=("pretrain.bits=24", *settings))
 
 
-def around(lr: float, every: int) -> dict[str, Row]:
-    """The rows of a profile around one mean number of steps between exchanges."""
+def around(lr: float, every: int, own: float) -> dict[str, Row]:
+    """The rows of a profile around one mean number of steps between exchanges, which 4 divides;
+    ``lr`` is the rate of exchange at every step, ``own`` that of rows which exchange rarely."""
+    dense = every - every // 4
     return {
         SYNCHRONOUS: Row(text="gradients averaged at every step, AdamW", kind="each step", lr=lr),
+        "ours": few(
+            own,
+            every,
+            f"every {every} steps, 5 bits up, 8 down, feedback, second moments shared, momentum "
+            "rising to 0.8",
+            *RISING,
+        ),
+        "ours 4 bits": few(
+            own, dense, f"ours every {dense} steps, 4 bits down", *RISING, "pretrain.down=change4"
+        ),
+        "ours average": few(own, every, f"ours every {every} steps, plain average", SHARED),
+        "ours rare": few(own, 2 * every, f"ours every {2 * every} steps", *RISING),
+        "ours own": few(
+            own, every, f"ours every {every} steps, second moments of each site's own", *RISING[1:]
+        ),
+        "diloco": wide(own, every, f"average every {every} steps, 4 bytes"),
         "centralised": Row(
             text="all texts in one place, mixed", kind="each step", lr=lr, mixed=True
         ),
-        "local only": Row(text="each site alone, mean over sites", kind="alone", lr=lr),
-        "diloco": wide(lr, every, f"average every {every} steps, 4 bytes"),
-        "ours": few(
-            lr,
-            every,
-            f"average every {every} steps, 5 bits up, 8 down, feedback, second moments shared",
-            SHARED,
-        ),
-        "ours own": few(lr, every, "the same, second moments of each site's own"),
-        "ours rare": few(lr, 2 * every, f"ours every {2 * every} steps", SHARED),
-        "ours 2 bits": few(
-            lr, every, f"ours every {every} steps, 2 bits up", SHARED, "pretrain.bits=2"
-        ),
-        "ours nesterov": few(
-            lr,
-            every,
-            f"ours every {every} steps, Nesterov (0.9, 0.3)",
-            SHARED,
-            "pretrain.outer=nesterov",
-            "pretrain.outer_lr=0.9",
-            "pretrain.outer_momentum=0.3",
-        ),
+        "local only": Row(text="each site alone, mean over sites", kind="alone", lr=own),
     }
 
 
 SIZES: Mapping[str, Size] = {
     "quick": Size(
         shape=Shape(width=32, layers=2, heads=2, vocabulary=512, length=32),
-        steps=40,
+        steps=48,
         batch=2,
         warmup=5,
         seeds=1,
         measured=8,
-        rows=around(5e-3, 10),
+        rows=around(5e-3, 8, 5e-3),
     ),
     "standard": Size(
         shape=Shape(),
-        steps=650,
-        batch=2,
-        warmup=50,
+        steps=1344,
+        batch=1,
+        warmup=134,
         seeds=3,
         measured=32,
         beta2=0.999,
-        rows=around(3e-3, 26),
+        rows=around(3e-3, 28, 3e-3),
         only=(SYNCHRONOUS, "ours"),
         precision="bfloat16",
     ),
@@ -223,7 +228,11 @@ class Bench:
         """A run of the algorithm through the whole stack."""
         federation = server.assemble(plan, stream, work / "run", foundation=base)
 
+        apart = max(1, federation.rounds // SCORED)
+
         def observe(number: int, state: Any) -> Mapping[str, float]:
+            if number % apart and number < federation.rounds:
+                return perplexity.trained(federation, state, number)
             return perplexity.measure(federation, state, number)
 
         reports: list[Report] = []
@@ -420,7 +429,8 @@ def table(result: Mapping[str, Any]) -> str:
         "",
         f"Means over seeds with 95 % intervals ({len({c['seed'] for c in cells})} seeds at most); "
         "ratios are paired by seed. Bytes are those of all messages both ways; of rows that "
-        "exchange at every step they are computed at 4 bytes a number.",
+        "exchange at every step they are computed at 4 bytes a number; at 2 bytes (bfloat16) the "
+        "factors are halves, at one byte quarters.",
         marks.about_machine(result["machine"]),
     ]
     return "\n".join(lines) + "\n"
