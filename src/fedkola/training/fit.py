@@ -84,7 +84,7 @@ def fit(
                 loss = _label_loss(model, everything, asked, [labels[row] for row in rows])
             return loss.item(), torch.autograd.grad(loss, list(leaves.values()))
 
-        order = _batches([len(ids[row]) for row in usable], batch=batch, steps=steps, seed=seed)
+        order = batches([len(ids[row]) for row in usable], batch=batch, steps=steps, seed=seed)
         for number, places in enumerate(order, start=1):
             rows = [usable[place] for place in places]
             parts = [rows[at : at + PART] for at in range(0, len(rows), PART)]
@@ -354,7 +354,7 @@ def _padded(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
     return tokens, (torch.arange(longest) < lengths[:, None]).long()
 
 
-def _batches(lengths: Sequence[int], *, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], *, batch: int, steps: int, seed: int) -> Iterator[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     left = steps
     while True:
