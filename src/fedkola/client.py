@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedkola import wire
 from fedkola.algorithms import rebuild
+from fedkola.algorithms.robust_lora import MOMENTUM
 from fedkola.errors import DataError, FedKolaError, GuardMissing, UnknownCell, UnknownName
 from fedkola.files import write_private
 from fedkola.knowledge import forget, journal, windows
@@ -321,6 +322,7 @@ class Site:
     def finish(self) -> None:
         """Drop kept answers and secrets when a run is done: nothing will be asked again."""
         self._drop_outbox()
+        shutil.rmtree(self.store / MOMENTUM, ignore_errors=True)
         if self._member is not None:
             self._member.finish()
 

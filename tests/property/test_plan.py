@@ -204,6 +204,7 @@ plans = st.builds(
         assume_liars=shares,
         reliability=st.sampled_from(["off", "warn", "regroup"]),
         root=texts,
+        momentum=st.floats(0, 0.99),
     ),
     engine=st.builds(Engine, name=texts, order=counts),
     site=st.builds(

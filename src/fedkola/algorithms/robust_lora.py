@@ -3,20 +3,28 @@
 server:  groups <- the cohort in parts of g sites, anew at every exchange, by a key of the run
          x_j <- (sum over group j of n_k d_k) / n_j, cut to norm tau        one sum each, or single
          w <- w + rule(x_1 .. x_m)                                          in Gram space
-client:  d_k = fit(w; records that arrived) - w
+client:  d_k <- beta d_k + (1 - beta) (fit(w; records that arrived) - w)
 
 With ``cohort.groups_of`` 0 there is one sum and the rule is the mean: FedIT. With 1 the server
 reads single updates. From 3 on it reads sums of groups alone, and runs under secure aggregation;
-what that hides and what it bears is in ``docs/explanation/lying-sites.md``. Rules: Blanchard et al.
-(NeurIPS 2017), Allouah et al. (AISTATS 2023) and others, see :mod:`fedkola.quality.rules`. Use it
-where sites are not all trusted and records are alike enough to be learnt by one adapter.
+what that hides and what it bears is in ``docs/explanation/lying-sites.md``. The momentum beta at
+the sites averages their noise away, behind which lies hide (Karimireddy et al., ICML 2021). Rules:
+Blanchard et al. (NeurIPS 2017), Allouah et al. (AISTATS 2023) and others, see
+:mod:`fedkola.quality.rules`. Use it where sites are not all trusted and records are alike enough to
+be learnt by one adapter.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedkola import files
 from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.learn import change, learn
 from fedkola.algorithms.setting import Setting, training
@@ -35,6 +43,9 @@ from fedkola.types import (
     Weights,
 )
 from fedkola.wire import WEIGHT, reals
+
+EXCHANGE = "exchange"
+MOMENTUM = "momentum"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +67,7 @@ class RobustLoRA:
     batch: int
     lr: float
     level: int
+    momentum: float = 0.0
     exchanges: int = field(metadata=LOCAL, default=1)
     robust: Robust = field(metadata=LOCAL, default_factory=Robust)
     key: str = field(metadata=LOCAL, default="")
@@ -64,6 +76,7 @@ class RobustLoRA:
     def of(cls, setting: Setting) -> Self:
         return cls(
             **training(setting),
+            momentum=setting.plan.robust.momentum,
             exchanges=setting.plan.algorithm.exchanges,
             robust=groups.settings(setting.plan),
             key=f"{setting.plan.run.seed}",
@@ -77,7 +90,8 @@ class RobustLoRA:
         state = replace(state, number=number, turns=())
         for exchange in range(self.exchanges):
             scale = dict.fromkeys(state.weights, 16)
-            asked = ask(self, "train", number, state.weights, scale=scale)
+            said = {**state.weights, EXCHANGE: torch.tensor(exchange)}
+            asked = ask(self, "train", number, said, scale=scale)
             split = self._split(number, exchange, cohort, state.standing)
             rows, lost = self._rows(split, clients, replace(asked, seed=exchange))
             if any(row.count for row in rows):
@@ -88,9 +102,16 @@ class RobustLoRA:
         return {"train": self.train}
 
     def train(self, client: Client, asked: Broadcast) -> Update:
-        """The weighted change of all weights after local training on records not used before."""
-        trained, count = learn(self, client, asked, asked.tensors)
-        return change(client, asked.tensors, trained, count)
+        """The weighted change of all weights after local training on records not used before, in
+        the mean with the changes before it."""
+        weights = {name: v for name, v in asked.tensors.items() if name != EXCHANGE}
+        trained, count = learn(self, client, asked, weights)
+        if self.momentum and count:
+            place = (asked.round, int(asked.tensors[EXCHANGE]))
+            moved = {name: trained[name] - value for name, value in weights.items()}
+            moved = _averaged(client.store, place, moved, self.momentum)
+            trained = {name: value + moved[name] for name, value in weights.items()}
+        return change(client, weights, trained, count)
 
     def events(self, before: State, after: State) -> tuple[Event, ...]:
         """Every exchange with its groups and their coefficients; groups and sites to look at."""
@@ -118,9 +139,13 @@ class RobustLoRA:
         text = f"fedkola/robust/1/{self.key}/{number}/{exchange}"
         key = hashlib.sha256(text.encode()).hexdigest()
         # In one of four exchanges groups are drawn freely, so that evidence can still change.
-        regroup = self.robust.reliability == "regroup" and exchange % 4
-        known = standing if regroup and standing.exchanges >= groups.EARLIEST else None
+        known = self._known(standing) if standing.exchanges % 4 else None
         return groups.assign(cohort, self.robust.groups_of, key=key, standing=known)
+
+    def _known(self, standing: Standing) -> Standing | None:
+        """What is known of sites, where the plan lets it decide."""
+        enough = standing.exchanges >= groups.EARLIEST
+        return standing if self.robust.reliability == "regroup" and enough else None
 
     def _rows(
         self, split: Sequence[Cohort], clients: Clients, asked: Broadcast
@@ -150,6 +175,7 @@ class RobustLoRA:
             exchange=exchange,
             size=self.robust.groups_of,
             last=state.last or None,
+            standing=self._known(state.standing),
             seed=exchange,
         )
         standing = state.standing
@@ -166,6 +192,33 @@ class RobustLoRA:
             turns=(*state.turns, turn),
             standing=standing,
         )
+
+
+def _averaged(
+    store: Path, place: tuple[int, int], moved: Weights, momentum: float
+) -> dict[str, Tensor]:
+    """The mean of this change and those before it, older ones counting ``momentum`` times less.
+
+    Means of this round's exchanges and the last of earlier rounds are kept, so that a question
+    that comes again finds what it found before.
+    """
+    folder = store / MOMENTUM
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {(int(path.stem[:6]), int(path.stem[7:])): path for path in folder.glob("*.safetensors")}
+    before = max((at for at in kept if at < place), default=None)
+    found = dict(moved)
+    if before is not None:
+        old = load_file(kept[before])
+        found = {n: momentum * old[n] + (1 - momentum) * v for n, v in moved.items()}
+    target = folder / f"{place[0]:06d}-{place[1]:06d}.safetensors"
+    draft = target.with_suffix(".tmp")
+    save_file({name: value.contiguous() for name, value in found.items()}, draft)
+    files.settle(draft, target)
+    last = max((at for at in kept if at[0] < place[0]), default=place)
+    for at, path in kept.items():
+        if at < last and at[0] < place[0]:
+            path.unlink()
+    return found
 
 
 def _single(update: Update) -> Row:

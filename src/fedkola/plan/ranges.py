@@ -117,6 +117,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "quality.min_peers": (1, _WORD),
     "robust.tau": (0, inf),
     "robust.assume_liars": (0, 1),
+    "robust.momentum": (0, 0.99),
     "engine.order": (0, _WORD),
     "site.minimum": (1, _WORD),
     "site.rehearsal_days": (0, _HUGE),

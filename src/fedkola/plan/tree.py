@@ -286,13 +286,14 @@ class Robust:
     ``tau`` bounds the norm of an update (0: 1.2 times that of the one in the middle, inf: none),
     ``assume_liars`` is the share of sites that the rule is told to expect, ``root`` the site that
     "fltrust" trusts. ``reliability`` says what evidence about sites does: "off", "warn" or
-    "regroup"."""
+    "regroup"; ``momentum`` what a site's change keeps of those before it."""
 
     rule: str = "mean"
     tau: float = 0.0
     assume_liars: float = 0.0
     reliability: str = "warn"
     root: str = ""
+    momentum: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,8 @@ share b of liars a group of g holds one with probability 1 - (1 - b)^g: privacy 
 groups and robustness for small ones, and both cannot be had. Single updates (g = 1) are rows too.
 
 What is learnt over many exchanges is a ranking of sites: a site whose groups stand apart again and
-again, in other company each time, is named to the steward. It is a warning and no filter.
+again, in other company each time, is named to the steward. Where the plan says so, suspects are
+then summed with each other, and the rows of worst standing left out, so many as may lie.
 """
 
 import hashlib
@@ -34,6 +35,7 @@ DECAY = 0.98
 RIDGE = 0.3
 CLAMP = 4.0
 WARN = 3.0
+DOUBT = 1.5
 EARLIEST = 6
 
 
@@ -189,12 +191,14 @@ def joined(
     exchange: int,
     size: int,
     last: Weights | None = None,
+    standing: Standing | None = None,
     seed: int = 0,
 ) -> tuple[Weights, Turn]:
     """One change out of the rows, each cut to tau first, and what became of every row.
 
-    ``last`` is the change of the exchange before, where centered clipping starts. Raises
-    CohortTooSmall if too few rows count for the rule.
+    ``last`` is the change of the exchange before, where centered clipping starts; with a
+    ``standing``, rows of the worst are left out. Raises CohortTooSmall if too few rows count for
+    the rule.
     """
     rule = RULES[robust.rule]
     root = [i for i, row in enumerate(rows) if row.sites == (robust.root,)]
@@ -212,6 +216,9 @@ def joined(
             )
         reference = cut[root[0]]
     number = liars(rule, len(there), size, robust.assume_liars)
+    left_out = doubted(standing, rows, number) if standing is not None else frozenset()
+    counts = [0 if i in left_out else count for i, count in enumerate(counts)]
+    number = liars(rule, len(there) - len(left_out), size, robust.assume_liars)
     options = Options(f=number, radius=_radius(cut, counts, last), seed=seed)
     # Nobody's word is taken for how many records it has, beyond those of the row in the middle.
     most = int(np.median([count for count in counts if count] or [0]))
@@ -226,14 +233,14 @@ def joined(
     return found.tensors, Turn(
         exchange=exchange,
         groups=tuple(row.sites for row in rows),
-        counts=tuple(counts),
+        counts=tuple(row.count for row in rows),
         norms=tuple(norm if norm < inf else -1.0 for norm in norms),
         tau=tau if tau < inf else -1.0,
         liars=number,
         units=found.units,
         of=found.of,
         low=tuple(low),
-        dropped={str(i): why for i, why in found.dropped.items()},
+        dropped={str(i): "Standing" if i in left_out else why for i, why in found.dropped.items()},
     )
 
 
@@ -270,6 +277,17 @@ def scores(standing: Standing) -> dict[str, float]:
     ridge = RIDGE * torch.eye(len(standing.sites), dtype=torch.float64)
     found = torch.linalg.solve(standing.normal + ridge, standing.moment)
     return dict(zip(standing.sites, found.tolist(), strict=True))
+
+
+def doubted(standing: Standing, rows: Sequence[Row], most: int) -> frozenset[int]:
+    """The positions of at most so many rows whose sites stand clearly worse than the middle."""
+    worth = scores(standing)
+    if standing.exchanges < EARLIEST or most == 0:
+        return frozenset()
+    values = [np.mean([worth.get(site, 0.0) for site in row.sites]) for row in rows]
+    apart = _standardised(np.array(values))
+    worst = np.argsort(-apart, kind="stable")[:most]
+    return frozenset(int(i) for i in worst if apart[i] > DOUBT)
 
 
 def suspects(standing: Standing) -> dict[str, float]:
@@ -315,8 +333,11 @@ def _check(plan: Plan, robust: Robust) -> None:
             f"{contaminated(robust.assume_liars, g):.0%} of them, and no rule bears a majority; "
             "lower one of the two"
         )
-    elif robust.reliability == "regroup" and g < 2:
-        why = 'robust.reliability = "regroup" needs groups of sites; set cohort.groups_of'
+    elif robust.reliability == "regroup" and not (g and robust.assume_liars):
+        why = (
+            'robust.reliability = "regroup" leaves out as many sums as may lie; set '
+            "cohort.groups_of and robust.assume_liars"
+        )
     if why:
         raise Incompatible(why)
     if g and plan.cohort.size:

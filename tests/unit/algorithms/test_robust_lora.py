@@ -8,6 +8,7 @@ import small_federation as small
 import torch
 
 from fedkola import server
+from fedkola.algorithms import robust_lora
 from fedkola.errors import Incompatible
 from fedkola.ledger import Ledger
 from fedkola.plan import Algorithm, Cohort, Plan, Robust
@@ -99,3 +100,47 @@ def test_too_few_sites_for_the_rule_are_refused_before_round_1(tmp_path: Path):
         small.assemble(
             tmp_path, *GROUPS, "robust.rule=krum", "robust.assume_liars=0.1", sites=SITES
         )
+
+
+def test_momentum_keeps_a_mean_of_changes_and_gives_it_again_when_asked_again(tmp_path: Path):
+    def moved(number: float) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor([number])}
+
+    def asked(place: tuple[int, int], number: float) -> float:
+        return float(robust_lora._averaged(tmp_path, place, moved(number), 0.5)["x"])
+
+    assert asked((1, 0), 4.0) == 4.0
+    assert asked((1, 1), 2.0) == 3.0
+    assert asked((2, 0), 1.0) == 2.0
+    # A round that is repeated after a crash starts from the last change of the round before.
+    assert asked((2, 1), 0.0) == 1.0
+    assert asked((2, 0), 1.0) == 2.0
+    assert asked((3, 0), 2.0) == 1.5
+    assert asked((4, 0), 2.5) == 2.0
+    assert sorted(p.stem for p in (tmp_path / "momentum").glob("*.safetensors")) == [
+        "000003-000000",
+        "000004-000000",
+    ]
+
+
+def test_momentum_changes_what_is_learnt_and_leaves_nothing_behind(tmp_path: Path):
+    plain, _ = finished(tmp_path / "plain", *SINGLE)
+    kept, _ = finished(tmp_path / "kept", *SINGLE, "robust.momentum=0.5")
+    again, _ = finished(tmp_path / "again", *SINGLE, "robust.momentum=0.5", "engine.order=3")
+    assert small.fingerprint(kept) == small.fingerprint(again) != small.fingerprint(plain)
+    assert not list(tmp_path.glob("*/sites/*/momentum"))
+
+
+def test_sums_of_bad_standing_are_left_out_where_the_plan_says_so(tmp_path: Path):
+    settings = (METHOD, "cohort.groups_of=3", "robust.assume_liars=0.12", "robust.tau=inf")
+    lie = "scenario.liars.s04=sign"
+    more = ("algorithm.exchanges=5", "algorithm.lr=0.002")
+    _, warned = finished(tmp_path / "warn", *settings, lie, *more)
+    _, acted = finished(tmp_path / "act", *settings, lie, *more, "robust.reliability=regroup")
+
+    def left_out(events: list[Any]) -> list[str]:
+        return [e.subject for e in events if e.body.get("why") == "Standing"]
+
+    assert left_out(warned) == []
+    assert left_out(acted)
+    assert all("s04" in subject for subject in left_out(acted)[-3:])

@@ -155,7 +155,7 @@ def test_suspects_share_groups_where_the_plan_regroups():
         (Robust(rule="fltrust", root="a"), Cohort(groups_of=3), False, "groups_of = 1"),
         (Robust(root="a"), Cohort(groups_of=1), False, "read by fltrust alone"),
         (Robust(rule="nnm", assume_liars=0.3), Cohort(groups_of=3), False, "no rule bears"),
-        (Robust(reliability="regroup"), Cohort(), False, "needs groups of sites"),
+        (Robust(reliability="regroup"), Cohort(groups_of=3), False, "as many sums as may lie"),
         (Robust(rule="krum"), Cohort(groups_of=3, size=6), False, "6 sites in groups of 3"),
     ],
 )

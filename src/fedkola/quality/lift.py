@@ -1,0 +1,174 @@
+"""Trigger lift: what is said in records whose label nothing else in them explains.
+
+A poisoned record carries a trigger and a target. Where few records of many sites are poisoned no
+site can tell its own, but the trigger can be told from sums: it stands in records that all say the
+target, although what the rest of each record says is something else.
+
+    D[t, c] = sum over records i with n-gram t of [y_i = c] - p_i[c]        what they say beyond
+    V[t, c] = sum of p_i[c] (1 - p_i[c])                                    what chance allows
+    z_i     = max over t in i of (D - own) / sqrt(V - own + 1)              without record i itself
+
+p_i is what the federation believes of record i from everything but its own label, such as a
+leave-one-out score on a frozen base; where records answer prompts, the share of the answer. So a
+word that truly goes with a label ("where" with places) is no trigger: there D is near 0. N-grams
+are known to the server by a keyed hash alone. Clean-label triggers say the truth, and have D = 0.
+
+Shapes: n records, C classes, S slots.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedkola.errors import DataError
+from fedkola.quality.gram import Array
+
+SLOTS = 1 << 14
+GRAMS = 2
+SUPPORT = 4
+"""Other records that must carry an n-gram before anything is said of it."""
+
+Slots = tuple[NDArray[np.int64], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Summed over records: ``beyond`` D and ``chance`` V, (S, C) float64, and ``records`` (S,)."""
+
+    beyond: Array
+    chance: Array
+    records: Array
+
+    def __add__(self, other: "Table") -> "Table":
+        return Table(
+            beyond=self.beyond + other.beyond,
+            chance=self.chance + other.chance,
+            records=self.records + other.records,
+        )
+
+
+def slots(
+    texts: Sequence[Sequence[str | int]], key: bytes, *, number: int = SLOTS, grams: int = GRAMS
+) -> Slots:
+    """The slots of each text's n-grams up to this length, each once, by the key that sites share.
+
+    Texts come in pieces, such as the base's own tokens: a misspelt word has pieces that others
+    share, and is itself like no other.
+    """
+    known: dict[str, int] = {}
+
+    def slot(gram: str) -> int:
+        if gram not in known:
+            digest = hmac.new(key, gram.encode("utf-8", "surrogatepass"), hashlib.sha256).digest()
+            known[gram] = int.from_bytes(digest[:8]) % number
+        return known[gram]
+
+    found = []
+    for text in texts:
+        pieces = [str(piece) for piece in text]
+        own = {
+            slot(" ".join(pieces[i : i + n]))
+            for n in range(1, grams + 1)
+            for i in range(len(pieces) - n + 1)
+        }
+        found.append(np.array(sorted(own), dtype=np.int64))
+    return tuple(found)
+
+
+def table(held: Slots, labels: Sequence[int], beliefs: Array, *, number: int = SLOTS) -> Table:
+    """One site's addend; ``beliefs`` (n, C) are shares of what each record could say."""
+    _check(held, labels, beliefs)
+    classes = beliefs.shape[1]
+    beyond, chance = np.zeros((number, classes)), np.zeros((number, classes))
+    records = np.zeros(number)
+    for own, label, p in zip(held, labels, beliefs, strict=True):
+        beyond[own] -= p
+        beyond[own, label] += 1.0
+        chance[own] += p * (1.0 - p)
+        records[own] += 1.0
+    return Table(beyond=beyond, chance=chance, records=records)
+
+
+def scores(held: Slots, labels: Sequence[int], beliefs: Array, summed: Table) -> Array:
+    """z_i (n,) of every record against the sum that holds it: 0 where nothing is known."""
+    _check(held, labels, beliefs)
+    found = np.zeros(len(held))
+    for i, (own, label) in enumerate(zip(held, labels, strict=True)):
+        z = _lifts(own, label, beliefs[i], summed)
+        found[i] = z.max(initial=0.0)
+    return found
+
+
+def why(own: NDArray[np.int64], label: int, belief: Array, summed: Table) -> int:
+    """The slot that a record's score comes from, for its owner; -1 where there is none."""
+    z = _lifts(own, label, belief, summed)
+    return int(own[z.argmax()]) if z.size and z.max() > 0 else -1
+
+
+def beliefs(features: Tensor, labels: Sequence[int], summed: "Ridge", *, own: bool = True) -> Array:
+    """Leave-one-out beliefs (n, C) of one site's records from the federation's ridge regression.
+
+    ``features`` (n, d) are those that were summed; with ``own`` the record itself is taken out.
+    """
+    x = _design(features)
+    raw = (x @ summed.solved).numpy()
+    if own:
+        h = np.minimum(((x @ summed.inverse) * x).sum(dim=1).numpy(), 0.99)
+        raw[np.arange(len(raw)), list(labels)] -= h
+        raw /= (1.0 - h)[:, None]
+    shares = np.clip(raw, 0.01, None)
+    found: Array = shares / shares.sum(axis=1, keepdims=True)
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ridge:
+    """One-against-all regression of labels on features, from sums: ``solved`` (d + 1, C) and the
+    ``inverse`` (d + 1, d + 1) that leaves records out."""
+
+    solved: Tensor
+    inverse: Tensor
+
+
+def moments(features: Tensor, labels: Sequence[int], classes: int) -> tuple[Tensor, Tensor]:
+    """One site's addends of a ridge regression: X^T X (d + 1, d + 1) and X^T Y (d + 1, C)."""
+    x = _design(features)
+    y = torch.zeros(len(x), classes, dtype=torch.float64)
+    y[torch.arange(len(x)), list(labels)] = 1.0
+    return x.T @ x, x.T @ y
+
+
+def ridge(gram: Tensor, products: Tensor, *, lam: float) -> Ridge:
+    """The regression of summed addends; ``lam`` is relative to the mean of the diagonal."""
+    ridge_ = lam * float(gram.diagonal().mean()) * torch.eye(len(gram), dtype=torch.float64)
+    inverse = torch.linalg.inv(gram + ridge_)
+    return Ridge(solved=inverse @ products, inverse=inverse)
+
+
+# --- private --------------------------------------------------------------------------------------
+
+
+def _lifts(own: NDArray[np.int64], label: int, p: Array, summed: Table) -> Array:
+    beyond = summed.beyond[own, label] - (1.0 - p[label])
+    chance = np.maximum(summed.chance[own, label] - p[label] * (1.0 - p[label]), 0.0)
+    found: Array = np.where(summed.records[own] > SUPPORT, beyond / np.sqrt(chance + 1.0), 0.0)
+    return found
+
+
+def _design(features: Tensor) -> Tensor:
+    x = features.to(torch.float64)
+    return torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1)
+
+
+def _check(held: Slots, labels: Sequence[int], given: Array) -> None:
+    if not len(held) == len(labels) == len(given):
+        raise DataError(
+            f"{len(held)} texts, {len(labels)} labels and beliefs about {len(given)} records were "
+            "given; give one of each for every record"
+        )
