@@ -139,13 +139,14 @@ class RobustLoRA:
         text = f"fedkola/robust/1/{self.key}/{number}/{exchange}"
         key = hashlib.sha256(text.encode()).hexdigest()
         # In one of four exchanges groups are drawn freely, so that evidence can still change.
-        known = self._known(standing) if standing.exchanges % 4 else None
-        return groups.assign(cohort, self.robust.groups_of, key=key, standing=known)
+        together = self._doubted(standing) if standing.exchanges % 4 else ()
+        return groups.assign(cohort, self.robust.groups_of, key=key, together=together)
 
-    def _known(self, standing: Standing) -> Standing | None:
-        """What is known of sites, where the plan lets it decide."""
-        enough = standing.exchanges >= groups.EARLIEST
-        return standing if self.robust.reliability == "regroup" and enough else None
+    def _doubted(self, standing: Standing) -> tuple[str, ...]:
+        """Sites to be left out, where the plan lets the evidence decide."""
+        if self.robust.reliability != "regroup":
+            return ()
+        return groups.doubted(standing, self.robust.assume_liars)
 
     def _rows(
         self, split: Sequence[Cohort], clients: Clients, asked: Broadcast
@@ -175,7 +176,7 @@ class RobustLoRA:
             exchange=exchange,
             size=self.robust.groups_of,
             last=state.last or None,
-            standing=self._known(state.standing),
+            without=self._doubted(state.standing),
             seed=exchange,
         )
         standing = state.standing

@@ -134,14 +134,37 @@ def test_without_a_liar_nobody_stands_far_out():
     assert len(groups.suspects(standing)) <= 1
 
 
-def test_suspects_share_groups_where_the_plan_regroups():
-    standing = Standing(
+def standing(exchanges: int = 9, **worth: float) -> Standing:
+    """In which every site stands as given, and others near 0."""
+    values = [worth.get(site.replace("-", "_"), 0.01 * i) for i, site in enumerate(SITES)]
+    return Standing(
         sites=SITES,
         normal=torch.eye(20, dtype=torch.float64),
-        moment=torch.tensor([3.0 * (i in (2, 9, 14)) for i in range(20)], dtype=torch.float64),
-        exchanges=9,
+        moment=(1 + groups.RIDGE) * torch.tensor(values, dtype=torch.float64),
+        exchanges=exchanges,
     )
-    assert groups.assign(SITES, 3, key="a", standing=standing)[0] == ("site-2", "site-9", "site-14")
+
+
+def test_doubted_sites_are_the_worst_and_no_more_than_may_lie():
+    known = standing(site_2=3.0, site_9=2.5, site_14=4.0, site_5=1.8)
+    assert groups.doubted(known, 0.2) == ("site-14", "site-2", "site-9")
+    assert groups.doubted(known, 0.1) == ("site-14", "site-2")
+    assert groups.doubted(known, 0.0) == ()
+    assert groups.doubted(standing(exchanges=2, site_2=3.0), 0.2) == ()
+
+
+def test_doubted_sites_share_groups_and_are_left_out():
+    split = groups.assign(SITES, 3, key="a", together=("site-14", "site-2", "site-9"))
+    assert split[0] == ("site-2", "site-9", "site-14")
+    rows = [
+        Row(sites=g, tensors={"x": torch.full((2,), float(i))}, count=3)
+        for i, g in enumerate(split)
+    ]
+    robust = groups.Robust(groups_of=3, tau=inf)
+    found, turn = groups.joined(robust, rows, exchange=0, size=3, without=("site-2",))
+    assert found["x"].tolist() == [3.0, 3.0]
+    assert turn.dropped == {"0": "Standing"}
+    assert groups.joined(robust, rows, exchange=0, size=3, without=SITES)[1].dropped == {}
 
 
 @pytest.mark.parametrize(
