@@ -2,8 +2,8 @@
 
 20 sites with 96 questions of TREC each (6 labels, 1,500 others for the test), i.i.d. or with label
 shares of each site drawn from a Dirichlet(0.5); 4 sites lie in every exchange. MiniLM with adapters
-of rank 8 on query and value of its last layer and a head; 24 exchanges of 2 local steps of AdamW
-in batches of 8 (states below do not change and are kept, see ``fedkola.training.many``). The server
+of rank 8 on query and value of its last layer and a head; 36 exchanges of 2 local steps of AdamW
+in batches of 6 (states below do not change and are kept, see ``fedkola.training.many``). The server
 half is that of ``robust_lora``: ``quality.groups``, ``rules`` and ``lies`` as a run has them; liars
 know the updates of all honest sites. Sums are in float64 and not on a grid.
 
@@ -43,9 +43,9 @@ from fedkola.types import Update
 
 RESULTS = Path(__file__).parent / "results"
 SITES, LIARS, PER_SITE, TEST = 20, 4, 96, 1500
-EXCHANGES, STEPS, BATCH, LR = 24, 2, 8, 1e-2
+EXCHANGES, STEPS, BATCH, LR = 36, 2, 6, 1e-2
 LAYERS, RANK, SCALE, MOMENTUM = 1, 8, 2.0, 0.8
-ATTACKS = ("none", "alie", "ipm", "sign", "min_max", "mimic", "label_flip")
+ATTACKS = ("none", "sign", "min_max", "label_flip", "mimic", "ipm", "alie")
 SPLITS = {"iid": 0.0, "dirichlet 0.5": 0.5}
 LIE = 0.2
 NAMES = tuple(f"site-{i:02}" for i in range(SITES))
@@ -82,7 +82,7 @@ ARMS = {
         )
     },
 }
-MAIN = tuple(ARMS)[:4]
+MAIN = ("mean", "clip +", "g3 geometric_median +")
 
 
 def main() -> None:
@@ -94,9 +94,9 @@ def main() -> None:
     chosen = {"main": MAIN, "all": tuple(ARMS)}.get(told.arms) or tuple(told.arms.split(","))
     torch.set_num_threads(1)
     for seed in range(told.seeds):
-        for split in told.splits.split(","):
-            for arm in chosen:
-                for attack in ATTACKS:
+        for attack in ATTACKS:
+            for split in told.splits.split(","):
+                for arm in chosen:
                     cell(arm, split, attack, seed)
     write()
 
@@ -208,7 +208,7 @@ def questions() -> tuple[many.Upper, list[int], int]:
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             rows += [json.loads(line) for line in lines]
     names = sorted({row["label"] for row in rows})
-    base = model.load("minilm", max_tokens=12)
+    base = model.load("minilm", max_tokens=10)
     upper = many.upper(base, [row["text"] for row in rows], layers=LAYERS)
     return upper, [names.index(row["label"]) for row in rows], len(names)
 

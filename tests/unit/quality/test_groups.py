@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedkola.errors import CohortTooSmall, Incompatible, UnknownName
-from fedkola.plan import Cohort, Plan, Privacy, Robust, Site
+from fedkola.plan import Cohort, Demands, Plan, Privacy, Robust
 from fedkola.quality import groups
 from fedkola.quality.groups import Row, Standing
 from fedkola.quality.rules import RULES
@@ -191,7 +191,9 @@ def test_plans_that_could_not_hold_are_refused(
 
 
 def test_the_floor_of_a_group_is_the_highest_of_those_that_hold():
-    plan = Plan(cohort=Cohort(groups_of=4), privacy=Privacy(secure_sum=True), site=Site(minimum=5))
+    plan = Plan(
+        cohort=Cohort(groups_of=4), privacy=Privacy(secure_sum=True), site=Demands(minimum=5)
+    )
     with pytest.raises(Incompatible, match="below the floor of 5"):
         groups.settings(plan)
 
