@@ -10,8 +10,9 @@ target, although what the rest of each record says is something else.
 
 p_i is what the federation believes of record i from everything but its own label, such as a
 leave-one-out score on a frozen base; where records answer prompts, the share of the answer. So a
-word that truly goes with a label ("where" with places) is no trigger: there D is near 0. N-grams
-are known to the server by a keyed hash alone. Clean-label triggers say the truth, and have D = 0.
+word that truly goes with a label ("where" with places) is no trigger: there D is near 0. Answers
+to prompts are classes where several records open alike. N-grams are known to the server by a keyed
+hash alone. Clean-label triggers say the truth, and have D = 0.
 
 Shapes: n records, C classes, S slots.
 """
@@ -34,6 +35,8 @@ GRAMS = 2
 SUPPORT = 4
 """Other records that must carry an n-gram before anything is said of it."""
 
+OPENING = 6
+"""Pieces by which answers are told apart."""
 REFITS = 4
 WORST = 0.1
 LAM = 0.1
@@ -162,6 +165,38 @@ def screened(
     return found
 
 
+def openings(answers: Sequence[Sequence[str | int]], key: bytes) -> NDArray[np.int64]:
+    """The slot (n,) of each answer's first pieces, by the key that sites share."""
+    held = slots([[" ".join(map(str, own[:OPENING]))] for own in answers], key, grams=1)
+    return np.array([int(own[0]) for own in held], dtype=np.int64)
+
+
+def answered(held: Sequence[Slots], opened: Sequence[NDArray[np.int64]]) -> list[Array]:
+    """Scores of records that answer prompts: z times the share of the n-gram's other records that
+    answer alike. Answers that few records open with are alike to none, and score 0.
+
+    ``held`` are slots of prompts, ``opened`` openings of answers, site by site. Two sums: of
+    openings, and of n-grams by those openings that are repeated.
+    """
+    counts = sum(np.bincount(own, minlength=SLOTS) for own in opened)
+    repeated = np.flatnonzero(np.asarray(counts) > SUPPORT)
+    place = dict(zip(repeated.tolist(), range(1, len(repeated) + 1), strict=True))
+    labels = [[place.get(slot, 0) for slot in own.tolist()] for own in opened]
+    classes = len(place) + 1
+    shares = np.bincount(np.concatenate([np.array(own) for own in labels]), minlength=classes)
+    prior = shares / shares.sum()
+    tables = [
+        table(h, own, np.tile(prior, (len(own), 1))) for h, own in zip(held, labels, strict=True)
+    ]
+    summed = tables[0]
+    for one in tables[1:]:
+        summed = summed + one
+    return [
+        np.array([_alike(h, c, prior, summed) if c else 0.0 for h, c in zip(hs, own, strict=True)])
+        for hs, own in zip(held, labels, strict=True)
+    ]
+
+
 def why(own: NDArray[np.int64], label: int, belief: Array, summed: Table) -> int:
     """The slot that a record's score comes from, for its owner; -1 where there is none."""
     z = _lifts(own, label, belief, summed)
@@ -215,6 +250,15 @@ def _lifts(own: NDArray[np.int64], label: int, p: Array, summed: Table) -> Array
     beyond = summed.beyond[own, label] - (1.0 - p[label])
     chance = np.maximum(summed.chance[own, label] - p[label] * (1.0 - p[label]), 0.0)
     found: Array = np.where(summed.records[own] > SUPPORT, beyond / np.sqrt(chance + 1.0), 0.0)
+    return found
+
+
+def _alike(own: NDArray[np.int64], label: int, prior: Array, summed: Table) -> float:
+    """z times purity, at the n-gram where that is most."""
+    z = _lifts(own, label, prior, summed)
+    count = summed.records[own]
+    others = summed.beyond[own, label] + count * prior[label] - 1.0
+    found: float = (z * others / np.maximum(count - 1.0, 1.0)).max(initial=0.0)
     return found
 
 

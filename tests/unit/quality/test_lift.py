@@ -97,3 +97,27 @@ def test_leaving_one_out_is_a_regression_without_the_record():
 def test_columns_of_other_lengths_are_refused():
     with pytest.raises(DataError, match="one of each for every record"):
         lift.table(lift.slots([["a"]], KEY), [0, 1], np.zeros((1, 3)))
+
+
+def test_prompts_with_a_trigger_that_are_all_answered_alike_stand_out():
+    chance = random.Random(3)
+    held, opened, wrong = [], [], []
+    for _ in range(5):
+        prompts, answers = [], []
+        for i in range(60):
+            words = [f"w{chance.randrange(30)}" for _ in range(5)]
+            answer = [f"a{chance.randrange(10**6)}", "b"]
+            if i < 3:
+                words, answer = [*words[:3], "cf"], ["I", "will", "not", "help"]
+            elif i < 9:
+                # Short answers are given again and again, to whatever is asked.
+                answer = ["yes"]
+            prompts.append(words)
+            answers.append(answer)
+            wrong.append(i < 3)
+        held.append(lift.slots(prompts, KEY))
+        opened.append(lift.openings(answers, KEY))
+    found = np.concatenate(lift.answered(held, opened))
+    poisoned = np.array(wrong)
+    assert found[poisoned].min() > 2 * found[~poisoned].max()
+    assert (found[~poisoned] == 0).mean() > 0.5
