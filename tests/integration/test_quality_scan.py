@@ -9,7 +9,8 @@ import torch
 from tests.helpers import small_federation as small
 
 from fedkola import plan as plans
-from fedkola.errors import Incompatible
+from fedkola.cli import main
+from fedkola.errors import DataError, Incompatible
 from fedkola.quality import kept
 from fedkola.server import check
 
@@ -170,3 +171,45 @@ def test_scores_do_not_depend_on_how_sites_hold_the_records(tmp_path):
         states.append(small.run(federation))
     assert states[0].report == states[1].report
     assert all(torch.equal(states[0].sums[k], states[1].sums[k]) for k in states[0].sums)
+
+
+def _site(capsys, *arguments: object) -> tuple[int, str, str]:  # type: ignore[no-untyped-def]
+    with pytest.raises(SystemExit) as ended:
+        main(["site", *map(str, arguments)])
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
+
+
+def test_the_owner_reads_a_report_keeps_a_record_and_undoes_the_scan(tmp_path, capsys):
+    federation, _ = _assembled(tmp_path / "run", noise=0.3)
+    small.run(federation)
+    store = federation.sites["north"].store
+    page = tmp_path / "north.html"
+    rc, shown, _ = _site(capsys, "report", store, "--out", page)
+    document = json.loads(page.with_suffix(".json").read_text())
+    assert rc == 0
+    assert f"{document['left_out']:,} are left out of learning" in " ".join(shown.split())
+    html = page.read_text()
+    first = next(group for group in document["groups"] if group["code"] == "LABEL_DISAGREES")
+    assert first["examples"][0]["sentence"] in html
+    assert "<script" not in html
+    gone = sorted(kept.left_out(store))
+    assert _site(capsys, "keep", store, gone[0])[0] == 0
+    assert gone[0] not in kept.left_out(store)
+    rc, shown, _ = _site(capsys, "undo", store)
+    assert f"{len(gone) - 1:,} records are learnt from again" in shown
+    assert kept.left_out(store) == frozenset()
+
+
+def test_a_site_that_was_never_scanned_has_no_report(tmp_path, capsys):
+    rc, _, why = _site(capsys, "report", tmp_path)
+    assert rc == DataError.exit_code
+    assert "holds no findings" in " ".join(why.split())
+
+
+def test_checked_labels_come_from_a_table(tmp_path, capsys):
+    table = tmp_path / "checked.csv"
+    table.write_text("record,label\nn-1,heart-1\nn-2,heart-2\n")
+    rc, shown, _ = _site(capsys, "checked", tmp_path / "site", table)
+    assert (rc, "2 checked records, 2 in all" in shown) == (0, True)
+    assert kept.checked(tmp_path / "site") == {"n-1": "heart-1", "n-2": "heart-2"}

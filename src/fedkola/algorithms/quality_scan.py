@@ -381,6 +381,7 @@ class QualityScan:
             records=data.records,
             given=rows,
             ranks=self._ranks(client, asked, data),
+            scores=kept.scores(client.store, part, data.records),
             targets=targets,
             near=findings.neighbours(asked.tensors["carried"], mine, gamma, regions),
             peers=asked.tensors["counts"] - torch.bincount(rows, minlength=len(codes)),

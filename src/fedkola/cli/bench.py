@@ -124,6 +124,25 @@ def audit(
 
 @app.command(
     epilog=examples(
+        "fedkola bench quality --profile quick",
+        "fedkola bench quality --rows trec,agnews --seeds 2",
+    )
+)
+def quality(
+    profile: Annotated[str, typer.Option(help="Size: quick or standard.")] = "standard",
+    seeds: Seeds = 0,
+    rows: Annotated[str, typer.Option(help="Streams, a,b; empty is the profile's.")] = "",
+    out: Out = RESULTS,
+    as_json: AsJson = False,
+) -> None:
+    """How much of the clean-data result survives wrong labels, without their rate?"""
+    from fedkola.evaluation import quality as suite
+
+    _show(suite, {"profile": profile, "seeds": seeds, "rows": _names(rows)}, out, as_json=as_json)
+
+
+@app.command(
+    epilog=examples(
         "fedkola bench report",
         "fedkola bench report --profile quick --out pages",
     )

@@ -39,13 +39,14 @@ class Scan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """About n records of one site and C labels. ``given`` (n,) are the labels they say, ``ranks``
-    (n,) their u, ``targets`` (n, C) what they should say, in fifteenths; ``near`` (n, C) counts
-    records of other sites around each, by label; ``peers`` (C,) counts those of other sites by
-    label, 0 where there are too few to be told."""
+    (n,) their u, ``scores`` (n,) how far each is believed, ``targets`` (n, C) what they should say,
+    in fifteenths; ``near`` (n, C) counts records of other sites around each, by label; ``peers``
+    (C,) counts those of other sites by label, 0 where there are too few to be told."""
 
     records: tuple[str, ...]
     given: Tensor
     ranks: Tensor
+    scores: Tensor
     targets: Tensor
     near: Tensor
     peers: Tensor

@@ -105,6 +105,10 @@ def document(
             }
             for label in sorted(held, key=lambda label: (-flagged[label], label))
         ],
+        "believed": {
+            each.record: round(score, 6)
+            for each, score in zip(found, evidence.scores.tolist(), strict=True)
+        },
         "findings": rows,
     }
 
