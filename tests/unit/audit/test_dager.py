@@ -9,68 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_notes import NOTES, WIDTH, made, one_gradient, rows
 
 from fedkola.audit.dager import Dager
-from fedkola.audit.evidence import Known, Sequences, Sighting
+from fedkola.audit.evidence import Known
 from fedkola.errors import DataError, ModelMismatch, NotFinite
-from fedkola.training import fresh, whole
-from fedkola.training.model import Foundation, encode, load
-
-TEXT = (
-    "the heart pumps blood through the lung and the lung gives air to the blood of the heart "
-    "while a nurse writes a note on pain, pressure and the drug that was given in the morning "
-)
-NOTES = (
-    "the nurse gives the drug in the morning",
-    "pain and pressure through the heart",
-    "blood of the lung was given a note",
-    "while the heart pumps the nurse writes",
-)
-WIDTH = 32
-
-
-def made(folder: Path, architecture: str) -> Foundation:
-    shape = fresh.Shape(
-        architecture=architecture,  # type: ignore[arg-type]
-        width=WIDTH,
-        layers=3,
-        heads=4,
-        vocabulary=320,
-        length=24,
-    )
-    fresh.create(folder, shape, [TEXT * 3], seed=0)
-    return load(str(folder), max_tokens=24, whole=True)
+from fedkola.training.model import Foundation, load
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Foundation:
-    return made(tmp_path_factory.mktemp(request.param) / "model", request.param)
+    return made(tmp_path_factory.mktemp(request.param) / "model", request.param, layers=3, heads=4)
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Foundation:
-    return made(tmp_path_factory.mktemp("bert") / "model", "bert")
+    return made(tmp_path_factory.mktemp("bert") / "model", "bert", layers=3, heads=4)
 
 
 @pytest.fixture(scope="module")
 def gpt(tmp_path_factory: pytest.TempPathFactory) -> Foundation:
-    return made(tmp_path_factory.mktemp("gpt") / "model", "gpt2")
-
-
-def rows(foundation: Foundation, texts: tuple[str, ...]) -> Sequences:
-    return tuple(tuple(row) for row in encode(foundation, texts))
-
-
-def one_gradient(foundation: Foundation, batch: Sequences, number: int = 0) -> Sighting:
-    weights = whole.parameters(foundation)
-    return Sighting(
-        round=number,
-        who="site",
-        sites=1,
-        before=weights,
-        change=whole.gradient(foundation, weights, batch),
-        protocol={"name": "gradient", "batch": len(batch), "inner_steps": 1},
-    )
+    return made(tmp_path_factory.mktemp("gpt") / "model", "gpt2", layers=3, heads=4)
 
 
 def test_one_gradient_gives_every_sequence_away_to_its_last_token(decoder: Foundation) -> None:

@@ -2,36 +2,26 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import small_notes
 import torch
+from small_notes import made, one_gradient, rows, sighting
 from transformers import GPT2LMHeadModel
 
 from fedkola.audit.embedding_rows import EmbeddingRows
-from fedkola.audit.evidence import Known, Sequences, Sighting
+from fedkola.audit.evidence import Known, Sequences
 from fedkola.errors import DataError, NotFinite
-from fedkola.training import fresh, whole
-from fedkola.training.model import Foundation, encode, load
+from fedkola.training import whole
+from fedkola.training.model import Foundation
 from fedkola.training.whole import Local
 
-TEXT = (
-    "the heart pumps blood through the lung and the lung gives air to the blood of the heart "
-    "while a nurse writes a note on pain, pressure and the drug that was given in the morning "
-)
-NOTES = (
-    "the nurse gives the drug in the morning",
-    "pain and pressure through the heart",
-    "blood of the lung was given a note",
-)
+NOTES = small_notes.NOTES[:3]
 
 
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory: pytest.TempPathFactory) -> Foundation:
-    folder: Path = tmp_path_factory.mktemp("gpt") / "model"
-    shape = fresh.Shape(width=32, layers=2, heads=2, vocabulary=320, length=24)
-    fresh.create(folder, shape, [TEXT * 3], seed=0)
-    return load(str(folder), max_tokens=24, whole=True)
+    return made(tmp_path_factory.mktemp("gpt") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -43,33 +33,13 @@ def untied(tied: Foundation) -> Foundation:
     return replace(tied, model=GPT2LMHeadModel(config).eval().requires_grad_(False))
 
 
-def rows(foundation: Foundation, texts: tuple[str, ...]) -> Sequences:
-    return tuple(tuple(row) for row in encode(foundation, texts))
-
-
-def sighting(foundation: Foundation, change: dict[str, torch.Tensor], batch: int) -> Sighting:
-    return Sighting(
-        round=0,
-        who="site",
-        sites=1,
-        before=whole.parameters(foundation),
-        change=change,
-        protocol={"name": "x", "batch": batch, "inner_steps": 1},
-    )
-
-
-def gradient(foundation: Foundation, batch: Sequences) -> Sighting:
-    weights = whole.parameters(foundation)
-    return sighting(foundation, whole.gradient(foundation, weights, batch), len(batch))
-
-
 def used(batch: Sequences) -> set[int]:
     return {token for row in batch for token in row}
 
 
 def test_untied_rows_name_every_token_and_no_other(untied: Foundation) -> None:
     batch = rows(untied, NOTES)
-    recovery = EmbeddingRows().recover(untied, gradient(untied, batch))
+    recovery = EmbeddingRows().recover(untied, one_gradient(untied, batch))
     assert set(recovery.bag) == used(batch)
 
 
@@ -90,7 +60,7 @@ def test_untied_rows_name_tokens_after_many_steps_of_adamw(
 
 def test_a_single_sequence_is_put_in_order_by_learned_positions(untied: Foundation) -> None:
     batch = rows(untied, NOTES[1:2])
-    recovery = EmbeddingRows().recover(untied, gradient(untied, batch))
+    recovery = EmbeddingRows().recover(untied, one_gradient(untied, batch))
     (row,) = recovery.sequences
     assert sum(a == b for a, b in zip(row, batch[0], strict=False)) >= len(batch[0]) - 2
 
@@ -99,7 +69,7 @@ def test_a_single_sequence_is_put_in_order_by_learned_positions(untied: Foundati
 def test_both_controls_come_with_the_evidence(which: str, request: pytest.FixtureRequest) -> None:
     base: Foundation = request.getfixturevalue(which)
     batches = [rows(base, NOTES[i : i + 1]) for i in range(3)]
-    seen = [replace(gradient(base, batch), round=i) for i, batch in enumerate(batches)]
+    seen = [replace(one_gradient(base, batch), round=i) for i, batch in enumerate(batches)]
     truth = {(i, "site"): batch for i, batch in enumerate(batches)}
     evidence = EmbeddingRows().run(seen, Known(foundation=base, texts=NOTES), truth)
     assert evidence.control.passed
@@ -120,20 +90,20 @@ def test_rows_turned_round_break_the_control(
         monkeypatch.setattr(embedding_rows, name, turned(getattr(embedding_rows, name)))
     batch = rows(untied, NOTES[:1])
     evidence = EmbeddingRows().run(
-        [gradient(untied, batch)], Known(foundation=untied, texts=NOTES), {(0, "site"): batch}
+        [one_gradient(untied, batch)], Known(foundation=untied, texts=NOTES), {(0, "site"): batch}
     )
     assert not evidence.control.passed
 
 
 def test_frozen_embeddings_cannot_be_tried(tied: Foundation) -> None:
-    seen = gradient(tied, rows(tied, NOTES[:1]))
+    seen = one_gradient(tied, rows(tied, NOTES[:1]))
     change = {name: value for name, value in seen.change.items() if "wte" not in name}
     with pytest.raises(DataError, match="the embeddings were frozen"):
         EmbeddingRows().recover(tied, replace(seen, change=change))
 
 
 def test_a_row_that_is_not_finite_is_refused(tied: Foundation) -> None:
-    seen = gradient(tied, rows(tied, NOTES[:1]))
+    seen = one_gradient(tied, rows(tied, NOTES[:1]))
     change = {name: value.clone() for name, value in seen.change.items()}
     change["transformer.wte.weight"][3] = float("inf")
     with pytest.raises(NotFinite, match="wte"):
