@@ -16,6 +16,7 @@ from fedkola.errors import (
     CohortTooSmall,
     Incompatible,
     KnowledgeError,
+    PlanError,
     UnknownCell,
     UnknownName,
 )
@@ -42,7 +43,7 @@ RECORD = Request(kind="record", site="east", name="east-4")
         ("algorithm.name=sgd", UnknownName, "algorithm.name = 'sgd'"),
         ("engine.name=flower", UnknownName, "engine.name = 'flower'"),
         ("privacy.epsilon=8", Incompatible, "can promise no epsilon"),
-        ("quality.mode=robust", Incompatible, "quality.mode"),
+        ("quality.mode=robust", PlanError, "quality.mode was given 'robust'; expected one of off"),
         ("knowledge.membership=enrolled", Incompatible, "padded"),
         ("algorithm.ranks.north=2", Incompatible, "cannot add"),
         ("cohort.minimum=2", Incompatible, "k_min"),
