@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedkola.audit import transcript
-from fedkola.errors import ChainBroken, TranscriptMissing, UnknownName
+from fedkola.errors import ChainBroken, ReleaseRefused, TranscriptMissing, UnknownName
 
 from .conftest import Fedkola, Write
 
@@ -104,3 +104,33 @@ def test_a_rehearsal_runs_the_plan_recorded_and_beside_the_run(fedkola: Fedkola,
     assert document["folder"] == "runs/r-rehearsal"
     assert (Path("runs/r-rehearsal") / transcript.NAME).exists()
     assert not Path("runs/r").exists()
+
+
+def test_a_model_without_an_audit_or_a_bound_stays(fedkola: Fedkola, recorded: Path):
+    done = fedkola("release", recorded, "--to", "out")
+    assert (done.code, done.err.split(":")[0]) == (ReleaseRefused.exit_code, "ReleaseRefused")
+    assert "audit the run first" in done.err
+    fedkola("audit", recorded)
+    assert "epsilon claimed is none" in fedkola("release", recorded, "--to", "out").err
+    path = recorded / "audit.json"
+    path.write_text(path.read_text().replace('"epsilon": null', '"epsilon": 0.5'))
+    assert "signature of the audit" in fedkola("release", recorded, "--to", "out").err
+    path.write_text("[1]")
+    assert "cannot be read" in fedkola("release", recorded, "--to", "out").err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ((), 2, "--to, or --verify alone"),
+        (("runs/r",), 2, "--to, or --verify alone"),
+        (("runs/r", "--to", "out", "--verify", "out"), 2, "--to, or --verify alone"),
+        (("--verify", "nowhere"), ReleaseRefused.exit_code, "holds no certificate"),
+    ],
+)
+def test_a_wrong_release_says_what_was_expected(
+    fedkola: Fedkola, words: tuple[str, ...], code: int, says: str
+):
+    done = fedkola("release", *words)
+    assert (done.code, says in done.err) == (code, True)

@@ -1,6 +1,8 @@
-"""The verb ``fedkola audit``: attack what a run recorded, and write what came out."""
+"""The verbs ``fedkola audit``, which attacks what a run recorded, and ``fedkola release``, which
+lets a model leave if an audit allows it."""
 
 import shlex
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,6 +87,58 @@ def audit(
     _print(document)
     print(f"report: {folder / 'audit.html'}")
     print(f"numbers: {folder / 'audit.json'}")
+
+
+@app.command(
+    epilog=examples(
+        "fedkola release runs/private --to models/private",
+        "fedkola release --verify models/private --key 1f0c...",
+    )
+)
+def release(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Folder of an audited run.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="New folder for the model.")] = None,
+    verify: Annotated[
+        Path | None, typer.Option(help="Check the files of a released folder instead.")
+    ] = None,
+    key: Annotated[str, typer.Option(help="With --verify: public key of the signer, in hex.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Let a pre-trained model leave with a signed certificate, or say what holds it back.
+
+    Reads the audit.json of the run; its findings, its age and the run's
+    epsilon must be within [release] of the plan. What is refused is not
+    written. The release becomes an event of the ledger.
+    """
+    if (verify is None) == (folder is None or to is None):
+        raise PlanError(
+            "a run folder with --to, or --verify alone, is needed; try `fedkola release runs/NAME "
+            "--to models/NAME` or `fedkola release --verify models/NAME`"
+        )
+    from fedkola.audit import release as gate
+    from fedkola.evaluation import auditing
+    from fedkola.evaluation import session as sessions
+
+    if verify is not None:
+        found = gate.checked(verify, key=key)
+    else:
+        assert folder is not None
+        assert to is not None
+        session = sessions.resume(folder, cache=features(folder))
+        with session.ledger:
+            document = auditing.read(session.folder)
+            found = sessions.release(session, to, document, now=time.time())
+    if as_json:
+        print_json(found)
+        return
+    epsilon = found["epsilon"]
+    print(f"{'holds' if verify else 'released'}: run {found['run']}, round {found['round']}")
+    print(f"epsilon: {'no bound is claimed' if epsilon is None else f'{epsilon:g}'}")
+    for name, word in found["verdicts"].items():
+        print(f"{name}: {word}")
+    print(f"signed by: {found['key']}")
 
 
 def _lines(path: Path | None) -> list[str]:

@@ -16,12 +16,12 @@ from typing import Any
 
 from fedkola import __version__
 from fedkola import plan as plans
-from fedkola.audit import ATTACKS, auditor, transcript, verdict, view
+from fedkola.audit import ATTACKS, auditor, release, transcript, verdict, view
 from fedkola.audit.canary import CanaryExposure
 from fedkola.audit.evidence import Evidence, Known
 from fedkola.audit.verdict import Defences
 from fedkola.audit.view import Observer, View
-from fedkola.errors import PlanError, UnknownName
+from fedkola.errors import PlanError, ReleaseRefused, UnknownName
 from fedkola.evaluation import session as sessions
 from fedkola.evaluation.audit_page import render
 from fedkola.evaluation.session import Session
@@ -119,6 +119,7 @@ def audit(
     if not (public or plan.knowledge.public_reference):
         for attack in document["attacks"]:
             attack["examples"] = []
+    document = release.sign(_plain(document), release.key(session.folder))
     write(session.folder, document)
     return document
 
@@ -160,6 +161,18 @@ def write(folder: Path, document: Mapping[str, Any]) -> None:
         write_text(folder / name, text)
 
 
+def read(folder: Path) -> dict[str, Any]:
+    """The document of the last audit of a run; raises ReleaseRefused for none that can be read."""
+    path = folder / NAMES[0]
+    try:
+        found: dict[str, Any] = dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ReleaseRefused(
+            f"{path} cannot be read ({error}); audit the run first with `fedkola audit {folder}`"
+        ) from error
+    return found
+
+
 def defences(plan: Plan) -> Defences:
     """What the plan set against an attacker."""
     epsilon = plan.privacy.epsilon
@@ -174,6 +187,12 @@ def defences(plan: Plan) -> Defences:
 
 
 # --- private --------------------------------------------------------------------------------------
+
+
+def _plain(document: Mapping[str, Any]) -> dict[str, Any]:
+    """As it will be read again: what is signed must be what lies on the disk."""
+    found: dict[str, Any] = json.loads(json.dumps(document))
+    return found
 
 
 def _usual(roster: Sequence[str]) -> tuple[str, ...]:

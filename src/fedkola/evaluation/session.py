@@ -11,10 +11,12 @@ from typing import Any
 from fedkola import removal, server
 from fedkola.algorithms.fedkola import FedKoLa
 from fedkola.algorithms.fedkola import State as BankState
+from fedkola.audit import release as gate
 from fedkola.errors import (
     BasisMismatch,
     KnowledgeError,
     LedgerError,
+    ModelMismatch,
     RunNotFound,
     UnknownCell,
     UnknownName,
@@ -298,6 +300,24 @@ def export_model(session: Session, to: Path) -> Path:
     KnowledgeError if it trained none, ModelMismatch if the folder is not empty."""
     state, number = load_state(session.federation, session.ledger)
     return perplexity.export(session.federation, state, to, number=number)
+
+
+def release(
+    session: Session, to: Path, document: Mapping[str, Any], *, now: float
+) -> dict[str, Any]:
+    """Export the model with a signed certificate, if its audit meets [release] of the plan; raises
+    ReleaseRefused and writes nothing otherwise."""
+    if to.exists() and any(to.iterdir()):
+        raise ModelMismatch(f"{to} is not empty; give a new folder")
+    return gate.release(
+        lambda folder: export_model(session, folder),
+        to,
+        document,
+        session.plan.release,
+        ledger=session.ledger,
+        key=gate.key(session.folder),
+        now=now,
+    )
 
 
 # --- private --------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fedkola.audit import release as gate
-from fedkola.audit.release import Bounds
 from fedkola.errors import ReleaseRefused
 from fedkola.ledger import Ledger
+from fedkola.plan import Release
 
 PLAN = "ab" * 32
 HEAD = "cd" * 32
@@ -29,6 +29,7 @@ def attack(name: str, concern: str, **metrics: dict[str, float]) -> dict[str, An
 
 DOCUMENT: dict[str, Any] = {
     "schema": "fedkola.audit/1",
+    "at": 2.5,
     "plan": f"sha256:{PLAN}",
     "transcript": f"sha256:{HEAD}",
     "defences": {"secure_sum": "ms1", "epsilon": 3.0, "delta": 1e-5, "embedding": "refuse"},
@@ -72,9 +73,9 @@ def write(to: Path) -> None:
 
 
 def released(ledger: Ledger, to: Path, document: dict[str, Any]) -> dict[str, Any]:
-    return gate.release(
-        write, to, document, Bounds(), ledger=ledger, key=gate.key(to.parent), now=3.0
-    )
+    key = gate.key(to.parent)
+    signed = gate.sign(document, key)
+    return gate.release(write, to, signed, Release(), ledger=ledger, key=key, now=3.0)
 
 
 def test_a_release_writes_the_model_and_a_signed_certificate_into_the_chain(
@@ -104,6 +105,10 @@ def change(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("alter", "says"),
     [
+        (change("at", to=3.0 - 31 * gate.DAY), "age of the audit in days is 31.000"),
+        (change("defences", "epsilon", to=None), "epsilon claimed is none"),
+        (change("defences", "epsilon", to=3.1), "epsilon claimed is 3.100"),
+        (change("defences", "delta", to=1e-3), "delta claimed is 0.001"),
         (change("plan", to="sha256:00"), "plan of the audit"),
         (change("transcript", to="sha256:00"), "transcript of the audit"),
         (change("schema", to="other"), "schema of the audit"),
@@ -133,3 +138,39 @@ def test_what_every_site_disclosed_does_not_hold_a_model_back(ledger: Ledger, tm
     change("attacks", 2, "metrics", "presence_auc", "high", to=0.99)(document)
     change("attacks", 2, "verdict", to="disclosed")(document)
     assert gate.verify(released(ledger, tmp_path / "out", document))
+
+
+def test_an_audit_that_was_altered_after_it_was_signed_is_refused(ledger: Ledger, tmp_path: Path):
+    key = gate.key(tmp_path)
+    signed = gate.sign(DOCUMENT, key)
+    stranger = gate.sign(DOCUMENT, gate.key(tmp_path / "elsewhere"))
+    for bad in ({**signed, "at": 2.6}, {**signed, "signature": "00"}, DOCUMENT, stranger):
+        with pytest.raises(ReleaseRefused, match="signature of the audit"):
+            gate.release(write, tmp_path / "out", bad, Release(), ledger=ledger, key=key, now=3.0)
+
+
+def test_a_run_without_a_bound_leaves_only_where_the_plan_says_so(ledger: Ledger, tmp_path: Path):
+    document = copy.deepcopy(DOCUMENT)
+    change("defences", "epsilon", to=None)(document)
+    key = gate.key(tmp_path)
+    signed, open_ = gate.sign(document, key), Release(epsilon=float("inf"))
+    to = tmp_path / "out"
+    found = gate.release(write, to, signed, open_, ledger=ledger, key=key, now=3.0)
+    assert found["epsilon"] is None
+
+
+def test_a_released_folder_is_checked_file_by_file(ledger: Ledger, tmp_path: Path):
+    to = tmp_path / "out"
+    certificate = released(ledger, to, DOCUMENT)
+    assert gate.checked(to) == gate.checked(to, key=certificate["key"]) == certificate
+    with pytest.raises(ReleaseRefused, match="signer of the certificate"):
+        gate.checked(to, key="00" * 32)
+    (to / "model").write_text("other weights")
+    with pytest.raises(ReleaseRefused, match="hash of model"):
+        gate.checked(to)
+    (to / "model").unlink()
+    with pytest.raises(ReleaseRefused, match="file model is absent"):
+        gate.checked(to)
+    (to / "certificate.json").write_text("{")
+    with pytest.raises(ReleaseRefused, match="no certificate"):
+        gate.checked(to)
