@@ -255,7 +255,8 @@ def table(kept: dict[str, Any]) -> str:
         "# Lying sites: 4 of 20, LoRA updates of MiniLM on TREC",
         "",
         "Accuracy in %, mean over seeds; behind it what is lost to the plain mean without liars on",
-        "the same seed, mean with its 95 % bootstrap interval over seeds. Target: 1.5 points.",
+        "the same seed, mean with its 95 % bootstrap interval over seeds. Target: 1.5 points. A",
+        "dash is a cell that was not run yet.",
     ]
     for split in SPLITS:
         free = found.get((split, "mean"), {}).get("none", {})
@@ -263,12 +264,18 @@ def table(kept: dict[str, Any]) -> str:
         lines += ["|---" * (len(ATTACKS) + 3) + "|"]
         for arm in ARMS:
             cells = found.get((split, arm), {})
-            if any(attack not in cells for attack in ATTACKS):
+            if not cells:
                 continue
-            losses = {a: [free[s] - v for s, v in cells[a].items() if s in free] for a in ATTACKS}
-            row = [f"{np.mean(list(cells[a].values())):.1f} ({_shown(losses[a])})" for a in ATTACKS]
-            worst = max(float(np.mean(losses[a])) for a in ATTACKS)
-            lines.append(f"| {arm} | {' | '.join(row)} | {worst:.1f} | {len(cells['none'])} |")
+            losses = {a: [free[s] - v for s, v in cells[a].items() if s in free] for a in cells}
+            row = [
+                f"{np.mean(list(cells[a].values())):.1f} ({_shown(losses[a])})"
+                if losses.get(a)
+                else "-"
+                for a in ATTACKS
+            ]
+            worst = max(float(np.mean(losses[a])) for a in cells)
+            seeds = len({seed for one in cells.values() for seed in one})
+            lines.append(f"| {arm} | {' | '.join(row)} | {worst:.1f} | {seeds} |")
     about = kept.get("machine", {})
     return "\n".join([*lines, "", f"Machine: {about}. Run: `python benchmarks/byzantine.py`.", ""])
 
