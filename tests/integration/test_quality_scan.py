@@ -54,9 +54,11 @@ def _sites(*, noise: float, num: int = 80):  # type: ignore[no-untyped-def]
     return sites, wrong, right
 
 
-def _assembled(folder, *settings: str, noise: float, checked: int = 20):  # type: ignore[no-untyped-def]
+def _assembled(  # type: ignore[no-untyped-def]
+    folder, *settings: str, noise: float, checked: int = 20, labels=None
+):
     sites, wrong, right = _sites(noise=noise)
-    federation = small.assemble(folder, *SCAN, *settings, sites=sites, rounds=1)
+    federation = small.assemble(folder, *SCAN, *settings, sites=sites, labels=labels, rounds=1)
     for name, site in federation.sites.items():
         kept.check(site.store, {f"{name}-{i}": right[f"{name}-{i}"] for i in range(checked)})
     return federation, wrong
@@ -101,6 +103,15 @@ def test_a_scan_has_the_same_bits_under_masks(tmp_path):
     for name, site in plain.sites.items():
         theirs = kept.findings(masked.sites[name].store)
         assert kept.findings(site.store) == theirs
+
+
+def test_what_the_catalogue_says_of_labels_is_counted_once_whoever_answers(tmp_path):
+    said = {code: "\n".join(small.OWN_WORDS[code]) for code in CODES}
+    told = replace(small.catalogue(), texts=said)
+    named, _ = _assembled(tmp_path / "named", "quality.names=true", noise=0.0, labels=told)
+    plain, _ = _assembled(tmp_path / "plain", noise=0.0, labels=told)
+    with_names, without = small.run(named).sums["counts"], small.run(plain).sums["counts"]
+    assert (with_names - without).tolist() == [2 * 15] * 3 + [0] * 6
 
 
 def test_the_owner_decides_before_the_evidence(tmp_path):

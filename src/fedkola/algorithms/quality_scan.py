@@ -1,6 +1,7 @@
 """QualityScan: which records are wrong, by sums that no record is judged by its own part of.
 
 enrol:   sum of { G, label counts, moments of z, checked pairs }           what is there?
+names:   sum of { G, s, n } of the catalogue's own texts, if they are read
 move:    sum of region sums, a few times                                   a public codebook
 trial:   sum of log-likelihoods of checked labels                          what is evidence worth?
 refit:   sum of { s, N, table, scores of trusted records } under beliefs   what should records say?
@@ -14,7 +15,6 @@ as a method that learns from what it keeps. Every exchange is a sum, so it runs 
 geometry is that of FedRG (CVPR 2026); leave-one-out sums, beliefs and gate are ours.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
@@ -22,9 +22,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from fedkola.algorithms import scan_site
 from fedkola.algorithms.ask import LOCAL, ask
 from fedkola.algorithms.setting import Setting
-from fedkola.errors import CohortTooSmall, DataError
+from fedkola.errors import CohortTooSmall
 from fedkola.knowledge import statistics, views
 from fedkola.knowledge.statistics import COUNTS, GRAM, SUMS
 from fedkola.quality import actions, belief, findings, geometry, kept, margin, trusted
@@ -126,7 +127,9 @@ class QualityScan:
         counts = first[COUNTS]
         if not int(counts.sum()):
             return State(number=number, why="no records were there to scan")
-        gram = statistics.unpack(first[GRAM].to(torch.float64), self.features) / self._unit**2
+        said = self._said(number, clients, cohort)
+        packed = first[GRAM] + said[GRAM]
+        gram = statistics.unpack(packed.to(torch.float64), self.features) / self._unit**2
         inverse = margin.inverse(gram)
         public = {
             "centre": _centre(first),
@@ -141,7 +144,8 @@ class QualityScan:
         )
         carried, asked = sums["by_region"], {}
         for turn in range(1, self.refits + 1):
-            head = inverse @ (sums[SUMS].T.to(torch.float64) / (belief.UNIT * self._unit))
+            summed = sums[SUMS] + belief.UNIT * said[SUMS]
+            head = inverse @ (summed.T.to(torch.float64) / (belief.UNIT * self._unit))
             asked = {
                 **public,
                 "turn": torch.tensor(turn),
@@ -186,7 +190,7 @@ class QualityScan:
         final = self._sum(number, clients, cohort, "verdict", told, _VERDICT, word=WIDE)
         return State(
             number=number,
-            sums={name: final[name].to(torch.int64) for name in (GRAM, SUMS, COUNTS)},
+            sums={name: final[name] + belief.UNIT * said[name] for name in (GRAM, SUMS, COUNTS)},
             report={
                 "records": float(counts.sum()),
                 "trusted": float(gate.trusted),
@@ -198,6 +202,18 @@ class QualityScan:
             },
             why=gate.why,
         )
+
+    def _said(self, number: int, clients: Clients, cohort: Cohort) -> Weights:
+        """Statistics of what the catalogue says of labels, each text once; zeros without names.
+
+        Every site answers the same public numbers, so their sum is so many times one of them.
+        """
+        if not self.names:
+            zero = torch.zeros(1, dtype=torch.int64)
+            return {GRAM: zero, SUMS: zero, COUNTS: zero}
+        scale = dict.fromkeys((GRAM, SUMS, COUNTS), 0)
+        total = self._sum(number, clients, cohort, "names", {}, scale, word=WIDE)
+        return {name: total[name] // len(cohort) for name in scale}
 
     def events(self, before: State, after: State) -> tuple[Event, ...]:
         """What the ledger records of one scan: counts over the cohort, no site and no record."""
@@ -271,6 +287,7 @@ class QualityScan:
     def steps(self) -> Steps:
         return {
             "enrol": self.enrol,
+            "names": self.said,
             "move": self.move,
             "trial": self.trial,
             "refit": self.refit,
@@ -280,12 +297,12 @@ class QualityScan:
 
     def enrol(self, client: Client, asked: Broadcast) -> Update:
         """Gram, counts and moments of the records to scan; pairs of those that guide the scan."""
-        data, z, rows = self._scanned(client, asked)
-        guide = _checked(client, asked, judges=False)
+        data, z, rows = scan_site.scanned(client, asked)
+        guide = scan_site.checked(client, asked, judges=False)
         size = len(client.catalogue.labels)
         pairs = torch.zeros(size, size, dtype=torch.int64)
         pairs.index_put_(
-            (_rows(client, guide.right), _rows(client, guide.data.labels)),
+            (scan_site.rows(client, guide.right), scan_site.rows(client, guide.data.labels)),
             torch.ones(len(guide.data), dtype=torch.int64),
             accumulate=True,
         )
@@ -302,26 +319,36 @@ class QualityScan:
             },
         )
 
+    def said(self, client: Client, asked: Broadcast) -> Update:
+        """The statistics of the catalogue's own texts; they tell nothing of this site."""
+        z, owner = scan_site.texts(client)
+        size = len(client.catalogue.labels)
+        return Update(
+            client=client.name,
+            weight=1,
+            tensors=statistics.analytic(z, owner, num_rows=size, **self._recipe),
+        )
+
     def move(self, client: Client, asked: Broadcast) -> Update:
         """Which region's records go where: one step of spherical k-means."""
-        data, z, _ = self._scanned(client, asked)
+        data, z, _ = scan_site.scanned(client, asked)
         directions = geometry.directions(z, asked.tensors["centre"])
         sums, _ = geometry.moved(asked.tensors["codebook"], directions)
         return Update(client=client.name, weight=len(data), tensors={"moved": sums})
 
     def trial(self, client: Client, asked: Broadcast) -> Update:
         """How likely the labels of the guiding records are, for every weight of the evidence."""
-        guide = _checked(client, asked, judges=False)
+        guide = scan_site.checked(client, asked, judges=False)
         parts = self._evidence(client, asked, guide.data, client.features(guide.data), None)
         found = belief.likelihoods(
-            parts, _rows(client, guide.right), asked.tensors["known"].to(torch.bool)
+            parts, scan_site.rows(client, guide.right), asked.tensors["known"].to(torch.bool)
         )
         return Update(client=client.name, weight=len(guide.data), tensors={"likelihood": found})
 
     def refit(self, client: Client, asked: Broadcast) -> Update:
         """What the site's records should say as far as all others tell, as statistics; turn 0 takes
         their labels as they are. And how the judging records score by the same evidence."""
-        data, z, rows = self._scanned(client, asked)
+        data, z, rows = scan_site.scanned(client, asked)
         turn, size = int(asked.tensors["turn"]), len(client.catalogue.labels)
         histogram = torch.zeros(trusted.BINS, dtype=torch.int64)
         if turn == 0:
@@ -332,8 +359,8 @@ class QualityScan:
             targets = belief.whole(found)
             scores = found.gather(1, rows[:, None])[:, 0]
             kept.keep_scores(client.store, self._part(asked, turn), data.records, scores)
-            judge = _checked(client, asked, judges=True)
-            right = _rows(client, judge.right)
+            judge = scan_site.checked(client, asked, judges=True)
+            right = scan_site.rows(client, judge.right)
             theirs = self._believed(client, asked, judge.data, client.features(judge.data), right)
             histogram = trusted.histogram(theirs.gather(1, right[:, None])[:, 0])
         kept.keep_targets(client.store, self._part(asked, turn), data.records, targets)
@@ -345,7 +372,7 @@ class QualityScan:
             client=client.name,
             weight=len(data),
             tensors={
-                SUMS: self._row_sums(z, targets),
+                SUMS: scan_site.row_sums(z, targets, **self._recipe),
                 "by_region": geometry.counts(gamma, regions, targets, size=len(book)),
                 "written": belief.written(targets, rows),
                 "trusted": histogram,
@@ -354,7 +381,7 @@ class QualityScan:
 
     def rank(self, client: Client, asked: Broadcast) -> Update:
         """How many records lie below the level of the gate, and below alpha by label."""
-        data, _, rows = self._scanned(client, asked)
+        data, _, rows = scan_site.scanned(client, asked)
         u = self._ranks(client, asked, data)
         size = len(client.catalogue.labels)
         return Update(
@@ -368,7 +395,7 @@ class QualityScan:
 
     def verdict(self, client: Client, asked: Broadcast) -> Update:
         """Decide on every record, keep the findings here, and answer the statistics of the rest."""
-        data, z, rows = self._scanned(client, asked)
+        data, z, rows = scan_site.scanned(client, asked)
         part, codes = self._part(asked, int(asked.tensors["turn"])), client.catalogue.codes()
         targets = kept.targets(client.store, part, data.records)
         book = asked.tensors["codebook"]
@@ -406,19 +433,12 @@ class QualityScan:
             client=client.name,
             weight=len(data),
             tensors={
-                GRAM: self._gram(z, final.sum(1)),
-                SUMS: self._row_sums(z, final),
+                GRAM: scan_site.gram(z, final.sum(1), **self._recipe),
+                SUMS: scan_site.row_sums(z, final, **self._recipe),
                 COUNTS: final.sum(0),
                 "acted": torch.tensor(sum(each.acts for each in found)),
             },
         )
-
-    def _scanned(self, client: Client, asked: Broadcast) -> tuple[Dataset, Tensor, Tensor]:
-        """The records to scan, their embeddings (n, d), and the rows (n,) of their labels."""
-        data = client.knowledge.until(asked.round)
-        known = kept.checked(client.store)
-        data = data.take([i for i, record in enumerate(data.records) if record not in known])
-        return data, client.features(data), _rows(client, data.labels)
 
     def _believed(
         self,
@@ -456,26 +476,9 @@ class QualityScan:
         """How near each record is to what the catalogue says of each label, line by line."""
         if not self.names:
             return None
-        lines = [
-            (i, line)
-            for i, code in enumerate(client.catalogue.codes())
-            for line in client.catalogue.texts.get(code, "").split("\n")
-            if line.strip()
-        ]
-        if not lines:
+        said, owner = scan_site.texts(client)
+        if not len(said):
             return None
-        texts = tuple(line for _, line in lines)
-        nobody = ("",) * len(texts)
-        said = client.features(
-            Dataset(
-                records=texts,
-                texts=texts,
-                labels=nobody,
-                patients=nobody,
-                windows=(0,) * len(texts),
-            )
-        )
-        owner = torch.tensor([i for i, _ in lines])
         return belief.nearest_names(z, said, owner, num_labels=len(client.catalogue.labels))
 
     def _ranks(self, client: Client, asked: Broadcast, data: Dataset) -> Tensor:
@@ -498,34 +501,10 @@ class QualityScan:
     def _expand(self, z: Tensor) -> Tensor:
         return statistics.expand(z, **self._recipe) / self._unit
 
-    def _row_sums(self, z: Tensor, targets: Tensor) -> Tensor:
-        """s (C, p) int64 = t' phi, exact: products stay below 2^24 in blocks of 4,096 records."""
-        sums = torch.zeros(targets.shape[1], self.features, dtype=torch.int64)
-        for part, shares in zip(torch.split(z, CHUNK), torch.split(targets, CHUNK), strict=True):
-            phi = statistics.expand(part, **self._recipe).to(torch.float64)
-            sums += (shares.T.to(torch.float64) @ phi).to(torch.int64)
-        return sums
-
-    def _gram(self, z: Tensor, weights: Tensor) -> Tensor:
-        """The packed Gram of records weighted by whole numbers (n,), int64 and exact."""
-        gram = torch.zeros(self.features, self.features, dtype=torch.int64)
-        for part, share in zip(torch.split(z, CHUNK), torch.split(weights, CHUNK), strict=True):
-            phi = statistics.expand(part, **self._recipe).to(torch.float64)
-            gram += ((phi * share[:, None]).T @ phi).to(torch.int64)
-        return statistics.pack(gram)
-
 
 _ENROL = dict.fromkeys((GRAM, COUNTS, "moment", "total", "checked"), 0)
 _REFIT = dict.fromkeys((SUMS, "by_region", "written", "trusted"), 0)
 _VERDICT = dict.fromkeys((GRAM, SUMS, COUNTS, "acted"), 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Checked:
-    """Records that a person has looked at, and the label that is right for each."""
-
-    data: Dataset
-    right: tuple[str, ...]
 
 
 def head(
@@ -553,26 +532,3 @@ def _centre(first: Weights) -> Tensor:
     """The mean (d,) of the integer embeddings, rounded to whole numbers."""
     total = first["total"].to(torch.float64) / max(float(first[COUNTS].sum()), 1.0)
     return total.round().to(torch.float32)
-
-
-def _rows(client: Client, labels: Sequence[str]) -> Tensor:
-    place = {code: i for i, code in enumerate(client.catalogue.codes())}
-    for label in labels:
-        if label not in place:
-            raise DataError(
-                f"label {label!r} is in no catalogue of this run; correct the record or the "
-                "checked label"
-            )
-    return torch.tensor([place[label] for label in labels], dtype=torch.int64)
-
-
-def _checked(client: Client, asked: Broadcast, *, judges: bool) -> _Checked:
-    """The half of the checked records that judges, or the half that guides; by a hash."""
-    data, right = client.knowledge.until(asked.round), kept.checked(client.store)
-    rows = [
-        i
-        for i, record in enumerate(data.records)
-        if record in right and (hashlib.sha256(record.encode()).digest()[0] % 2 == 0) == judges
-    ]
-    mine = data.take(rows)
-    return _Checked(data=mine, right=tuple(right[record] for record in mine.records))

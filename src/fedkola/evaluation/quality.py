@@ -6,7 +6,8 @@ a method recovers (m - b) / (c - b) of the gap, undefined where c - b is below a
 algorithm ``quality_scan`` through real sites, with one read-out that is fixed beforehand (pooled up
 to 25 labels, root above); it is told no rate. Small loss and Co-teaching are told the rate, the
 oracle filter is told every wrong record, and each of the three counts with its best read-out.
-``scan-names`` also reads what the catalogue says of labels. Checked records are of the scene: 200,
+``scan-names`` also reads what the catalogue says of labels; "nothing, names" adds those texts to
+the records and does nothing else. Checked records are of the scene: 200,
 with the labels they were given and those that are right; no method learns from them.
 """
 
@@ -14,7 +15,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,10 @@ class _Bench:
         found: dict[str, Any] = {"about_pool": _described(scene, pool)}
         ones = torch.ones(len(pool.given))
         found["nothing"] = {"top1": accuracies(pool, pool.given, ones)}
+        if scene.stream.catalogue.texts:
+            told = self.with_names(scene, pool)
+            alike = torch.ones(len(told.given))
+            found["nothing, names"] = {"top1": accuracies(told, told.given, alike)}
         found["clean"] = {"top1": accuracies(pool, pool.truth, ones)}
         oracle = (pool.given == pool.truth).to(torch.float32)
         found["oracle filter"] = {"top1": accuracies(pool, pool.given, oracle)}
@@ -220,6 +225,21 @@ class _Bench:
             num_labels=len(codes),
             asked=self._phi(scene.stream.test.texts),
             right=torch.tensor([codes[label] for label in scene.stream.test.labels]),
+        )
+
+    def with_names(self, scene: Scene, pool: Pool) -> Pool:
+        """The pool with what the catalogue says of labels as further records."""
+        lines = [
+            (i, line)
+            for i, code in enumerate(scene.stream.catalogue.codes())
+            for line in scene.stream.catalogue.texts.get(code, "").split("\n")
+        ]
+        rows = torch.tensor([i for i, _ in lines])
+        return replace(
+            pool,
+            phi=torch.cat([pool.phi, self._phi([line for _, line in lines])]),
+            given=torch.cat([pool.given, rows]),
+            truth=torch.cat([pool.truth, rows]),
         )
 
     def scanned(
@@ -300,7 +320,7 @@ def table(result: Mapping[str, Any]) -> str:
     for cell in result["cells"]:
         about = cell["about"]
         groups.setdefault((about["stream"], about["noise"], about["division"]), []).append(cell)
-    rows = ["nothing", *OURS, *BASELINES, "oracle filter", "clean"]
+    rows = ["nothing", "nothing, names", *OURS, *BASELINES, "oracle filter", "clean"]
     lines = [
         f"# Suite quality, profile {result['profile']}",
         "",
