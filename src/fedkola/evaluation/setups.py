@@ -230,10 +230,10 @@ SETUPS: Mapping[str, Setup] = {
                 settings=(
                     "task.sites=12",
                     "task.windows=8",
-                    "knowledge.features=5840",
+                    "knowledge.features=6528",
                     'knowledge.lanes=["analytic"]',
                     "knowledge.scatter_share=0.3",
-                    "knowledge.scatter_every=2",
+                    "knowledge.scatter_every=4",
                 ),
                 rows=(
                     "local",
