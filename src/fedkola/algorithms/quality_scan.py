@@ -9,8 +9,8 @@ rank:    sum of { records below the trusted ranks }                        is th
 verdict: sum of the statistics of what is kept; findings stay at the site  act, if the gate is open
 
 Beliefs (``quality.belief``) start as the labels that were given; trial and refit alternate. Of the
-records that a person has checked, one half chooses weights and the first table, the other half
-calibrates; neither is fitted to. Ranks and gate: ``quality.trusted``. Use it alone for a report, or
+records that a person has checked, two in five choose weights and the first table, the others
+calibrate; none is fitted to. Ranks and gate: ``quality.trusted``. Use it alone for a report, or
 as a method that learns from what it keeps. Every exchange is a sum, so it runs under masks. The
 geometry is that of FedRG (CVPR 2026); leave-one-out sums, beliefs and gate are ours.
 """
