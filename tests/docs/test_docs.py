@@ -23,7 +23,7 @@ PAGES = sorted(
 )
 
 # Commands of documents that take minutes or need a run; the integration tests run these.
-LONG = ("demo", "run", "predict", "bank", "bench", "model", "audit", "site")
+LONG = ("demo", "run", "predict", "bank", "bench", "model", "audit", "site", "release")
 
 
 @pytest.fixture(scope="session")

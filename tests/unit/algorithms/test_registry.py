@@ -43,6 +43,7 @@ def test_what_the_server_keeps_to_itself_is_never_broadcast():
         "tau_g",
         "top_k",
         "factors",
+        "scan",
     }
     names = {f for f, about in FedKoLa.__dataclass_fields__.items() if about.metadata}
     assert names == local
