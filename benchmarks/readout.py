@@ -108,14 +108,14 @@ def _statistics(paths: list[tuple[str, ...]], z, rows: list[int], p: int):  # ty
     )
 
 
-def _accuracy(whole, z, wanted, *, lam, up, down, spread=SPREAD):  # type: ignore[no-untyped-def]
+def _accuracy(whole, z, wanted, *, lam, up, down, spread=SPREAD, level=1):  # type: ignore[no-untyped-def]
     leaves, words = whole
     p = words[statistics.SUMS].shape[1]
     gram = statistics.unpack(words[statistics.GRAM], p).to(torch.float64)
     nodes, parents, weights, biases = [], [], [], []
-    for level in range(3):
-        order = {n: i for i, n in enumerate(dict.fromkeys(leaf[level] for leaf in leaves))}
-        index = torch.tensor([order[leaf[level]] for leaf in leaves])
+    for depth in range(3):
+        order = {n: i for i, n in enumerate(dict.fromkeys(leaf[depth] for leaf in leaves))}
+        index = torch.tensor([order[leaf[depth]] for leaf in leaves])
         sums = torch.zeros(len(order), p, dtype=torch.float64)
         sums.index_add_(0, index, words[statistics.SUMS].to(torch.float64))
         counts = torch.zeros(len(order), dtype=torch.float64)
@@ -140,8 +140,8 @@ def _accuracy(whole, z, wanted, *, lam, up, down, spread=SPREAD):  # type: ignor
     )
     if not down:
         head = replace(head, down=0.0)
-    scores = views.scores(head, z, 1)
-    given = [head.nodes[1][int(i)] for i in scores.argmax(1)]
+    scores = views.scores(head, z, level)
+    given = [head.nodes[level][int(i)] for i in scores.argmax(1)]
     return round(sum(a == b for a, b in zip(given, wanted, strict=True)) / len(wanted), 4)
 
 
